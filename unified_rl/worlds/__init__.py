@@ -1,0 +1,1 @@
+"""Small worlds with exact answers, for tests, quickstarts and benchmarks."""
