@@ -339,3 +339,13 @@ def train_questions(num: int = 2000, size: int = CANVAS) -> list[dict]:
 def heldout_questions(num: int = 256, size: int = CANVAS) -> list[dict]:
     """Visual questions about combinations that never occur in `train_questions`."""
     return questions("heldout", num, size=size)
+
+
+def shapes_strict(prompts: Sequence, completions: Sequence[Image.Image], *, spec: Sequence[Spec], **_) -> list[float]:
+    """Reward: 1.0 where a picture shows exactly what its prompt asks for, else 0.0."""
+    return [strict(asked, image) for asked, image in zip(spec, completions, strict=True)]
+
+
+def shapes_graded(prompts: Sequence, completions: Sequence[Image.Image], *, spec: Sequence[Spec], **_) -> list[float]:
+    """Reward: the share of the prompt's conditions that a picture meets, 0.0 to 1.0."""
+    return [graded(asked, image) for asked, image in zip(spec, completions, strict=True)]

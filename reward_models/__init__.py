@@ -1,0 +1,1 @@
+"""Rewards that ship with the project, one scorer a file; heavy imports stay inside the functions."""

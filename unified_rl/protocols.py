@@ -1,0 +1,92 @@
+"""The contracts between the trainer and its parts. Everything above a policy sees only these."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
+
+
+class Policy(Protocol):
+    """A generator whose stochastic steps can be drawn and evaluated again.
+
+    The replay contract: `log_prob` of a stored trajectory, with the weights that sampled it, equals its
+    `rollout_log_probs`.
+    """
+
+    module: nn.Module
+    """What the engine trains; parameters with `requires_grad` are the trained ones."""
+    steps_per_forward: Mapping[str, int | None]
+    """Per segment, the most steps that one forward evaluates; None: all."""
+
+    def sample(self, prompts: Sequence[Prompt], *, evaluation: bool = False) -> Trajectory:
+        """Draw one trajectory per prompt, each from its own seed, without gradients. `evaluation` uses the
+        evaluation's sampling settings in place of the behaviour policy's."""
+        ...
+
+    def log_prob(self, name: str, segment: Segment, steps: slice) -> StepStats:
+        """Evaluate the recorded decisions of one segment at `steps` (with gradients if they are enabled)."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside it, the policy is the frozen reference (the adapter switched off, or a frozen copy).
+
+        Raises:
+            RuntimeError: if the policy was built without a reference.
+        """
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write what was trained in the ecosystem's own format (`save_pretrained`)."""
+        ...
+
+
+class Reward(Protocol):
+    """TRL's convention: one score per completion; None or NaN excludes the sample."""
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> Sequence[float | None]: ...
+
+
+class Engine(Protocol):
+    """Owns the optimiser, gradient accumulation and sharding of one module."""
+
+    rank: int
+    world_size: int
+    module: nn.Module
+    lr: float
+    """Learning rate of the next step."""
+
+    def window(self) -> AbstractContextManager[None]:
+        """Surrounds the forward and backward of one window."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of this window. Gradients of windows and ranks are *summed*: the caller's loss already
+        carries the global denominator."""
+        ...
+
+    def step(self) -> float:
+        """Clip, update and zero the gradients; returns the global gradient norm before clipping. A non-finite norm
+        skips the update on every rank."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write optimiser, scheduler and module state; called by every rank."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote; called by every rank."""
+        ...
+
+
+class Console(Protocol):
+    """Where a run shows what it does."""
+
+    def log(self, message: str) -> None: ...
+    def metrics(self, row: Mapping[str, float]) -> None: ...
+    def track(self, items: Iterable[Any], description: str, total: int) -> Iterable[Any]: ...
