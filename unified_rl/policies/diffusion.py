@@ -1,0 +1,316 @@
+"""Any diffusers pipeline as a policy, without code for the model: the pipeline is the policy, its scheduler the head.
+
+Sampling runs the pipeline's own `__call__` with a stochastic scheduler that records every state. Scoring runs the same
+code again, fast-forwarded: at steps that are not asked for, the denoiser is bypassed (zeros of the recorded shape) and
+the scheduler returns the recorded state; at an asked step the real denoiser runs with gradients and the recorded next
+state is scored. Guidance, packing, casts, img2img starts and inpainting blends are therefore exactly those of sampling.
+"""
+
+import copy
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from unified_rl.policies.lora import lora_config, select_trained
+from unified_rl.policies.memo import Memo
+from unified_rl.policies.scheduler_head import (
+    LoopLeft,
+    Pass,
+    ReplayPass,
+    SamplePass,
+    SchedulerHead,
+    UnsupportedPipeline,
+    stochastic_scheduler,
+)
+from unified_rl.recipe import DiffusionSampling, PolicyBlock
+from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
+
+SEGMENT = "image"
+DENOISERS = ("transformer", "unet", "prior", "dit")
+CALL_DEFAULTS = "call_defaults.json"
+"""A checkpoint folder may hold default call arguments in this file, beside model_index.json."""
+
+
+class DiffusionPolicy:
+    """A pipeline whose denoiser is trained. See `unified_rl.protocols.Policy`."""
+
+    steps_per_forward: Mapping[str, int | None] = {SEGMENT: 1}
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        block: PolicyBlock,
+        *,
+        evaluation: DiffusionSampling | None = None,
+        with_reference: bool = False,
+        call_defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take over a pipeline, already on its device and in its dtype.
+
+        Args:
+            evaluation: sampling settings of evaluation; None: those of `block.sampling`.
+            with_reference: keep what `reference()` needs (full fine-tuning: a frozen copy of the denoiser).
+            call_defaults: arguments for the pipeline's call below those of `block.sampling.call`.
+
+        Raises:
+            UnsupportedPipeline: if the pipeline's structure or scheduler cannot be replayed exactly.
+            RecipeError: if the adapter or train patterns match nothing, or a call argument does not exist.
+        """
+        assert isinstance(block.sampling, DiffusionSampling)
+        self.version = 0
+        self._pipeline = pipeline
+        self._block = block
+        self._settings = {False: block.sampling, True: evaluation or block.sampling}
+        self._call_defaults = dict(call_defaults or {})
+        self._name = _denoiser_name(pipeline)
+        self._parameters = inspect.signature(type(pipeline).__call__).parameters
+        self._head = SchedulerHead(block.sampling.noise_level)
+        pipeline.scheduler = stochastic_scheduler(pipeline.scheduler, block.sampling.kernel, self._head)
+        pipeline.set_progress_bar_config(disable=True)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self.module: nn.Module = getattr(pipeline, self._name)
+        self._reference: nn.Module | None = None
+        if block.adapter.kind == "lora":
+            self.module.add_adapter(lora_config(self.module, block.adapter))
+        else:
+            if with_reference:
+                self._reference = copy.deepcopy(self.module)
+            self.module.requires_grad_(True)
+        select_trained(self.module, block.train)
+        self._memo = Memo()
+        self._memoise_encoders()
+
+    @classmethod
+    def load(
+        cls, block: PolicyBlock, *, evaluation: DiffusionSampling, with_reference: bool, device: torch.device
+    ) -> "DiffusionPolicy":
+        """Load a pipeline from a folder or the hub, without the components that its index marks as absent (diffusers
+        wants those named, for instance text_encoder_3=None)."""
+        index = DiffusionPipeline.load_config(block.model, revision=block.revision)
+        absent = {name: None for name, value in index.items() if value == [None, None]}
+        pipeline = DiffusionPipeline.from_pretrained(
+            block.model, revision=block.revision, dtype=getattr(torch, block.dtype), **absent
+        ).to(device)
+        defaults = Path(block.model) / CALL_DEFAULTS
+        return cls(
+            pipeline,
+            block,
+            evaluation=evaluation,
+            with_reference=with_reference,
+            call_defaults=json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else None,
+        )
+
+    def sample(self, prompts: Sequence[Prompt], *, evaluation: bool = False) -> Trajectory:
+        """Run the pipeline once, recording each step's state and log-prob (Gaussian, mean over dims)."""
+        tape = SamplePass([prompt.seed for prompt in prompts])
+        templates: list[list[Any]] = []
+        with torch.no_grad(), self._pass(tape, _recording(tape, templates, len(prompts)), evaluation):
+            images = _rows_of(self._call(prompts, evaluation), len(prompts))
+        assert tape.states, "the pipeline's loop never stepped its scheduler"
+        states = torch.stack(tape.states, dim=1)
+        mask = torch.tensor(tape.stochastic).repeat(len(prompts), 1)
+        segment = Segment(
+            actions={
+                "prompts": list(prompts),
+                "states": list(states.unbind(0)),
+                "templates": [templates] * len(prompts),
+            },
+            rollout_log_probs=torch.stack(tape.log_probs, dim=1).cpu(),
+            loss_mask=mask,
+            turn_ids=torch.zeros(mask.shape, dtype=torch.int64),
+        )
+        return Trajectory(
+            group_ids=torch.tensor([prompt.group_id for prompt in prompts]),
+            segments={SEGMENT: segment},
+            completions=[Completion(text=None, images=row) for row in images],
+            policy_version=self.version,
+        )
+
+    def log_prob(self, name: str, segment: Segment, steps: slice) -> StepStats:
+        """Score recorded steps by fast-forward replay; one real denoiser evaluation per asked step."""
+        assert name == SEGMENT, f"a diffusion policy has no segment {name!r}"
+        asked = range(*steps.indices(segment.rollout_log_probs.shape[1]))
+        assert asked.step == 1 and len(asked), "windows are runs of steps"
+        tape = ReplayPass(torch.stack(segment.actions["states"]), asked)  # type: ignore[arg-type]
+        prompts: Sequence[Prompt] = segment.actions["prompts"]  # type: ignore[assignment]
+        bypass = _bypassing(tape, segment.actions["templates"][0], len(prompts))
+        with self._pass(tape, bypass, evaluation=False):
+            try:
+                self._call(prompts, evaluation=False)
+            except LoopLeft:
+                pass
+        if len(tape.log_probs) != len(asked):
+            raise UnsupportedPipeline(
+                f"{type(self._pipeline).__name__}: the replayed loop took another number of steps than sampling did"
+            )
+        std = torch.stack(tape.stds).reshape(1, len(asked), *[1] * (tape.means[0].ndim - 1))
+        return StepStats(
+            log_probs=torch.stack(tape.log_probs, dim=1),
+            entropy=None,
+            mean=torch.stack(tape.means, dim=1),
+            std=std,
+        )
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The adapter switched off, or the frozen copy in the denoiser's place."""
+        if self._block.adapter.kind == "lora":
+            self.module.disable_adapters()
+            try:
+                yield
+            finally:
+                self.module.enable_adapters()
+            return
+        if self._reference is None:
+            raise RuntimeError("this policy was built without a reference")
+        setattr(self._pipeline, self._name, self._reference)
+        try:
+            yield
+        finally:
+            setattr(self._pipeline, self._name, self.module)
+
+    def save(self, directory: Path) -> None:
+        """Full fine-tuning: the denoiser's folder as in its pipeline; LoRA: `pytorch_lora_weights.safetensors`."""
+        if self._block.adapter.kind == "lora":
+            self.module.save_lora_adapter(directory)
+        else:
+            self.module.save_pretrained(directory / self._name)
+
+    def _call(self, prompts: Sequence[Prompt], evaluation: bool) -> Any:
+        settings = self._settings[evaluation]
+        arguments = {**self._call_defaults, **settings.call, "num_inference_steps": settings.num_inference_steps}
+        arguments["prompt"] = [prompt.text for prompt in prompts]
+        arguments["generator"] = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+        if any(prompt.images for prompt in prompts):
+            arguments["image"] = [prompt.images[0] for prompt in prompts]
+        unknown = [key for key in arguments if key not in self._parameters]
+        if unknown:
+            raise UnsupportedPipeline(f"{type(self._pipeline).__name__} takes no argument {unknown[0]!r}")
+        # Without the pipeline's torch.no_grad: sampling brings its own, scoring wants gradients.
+        return inspect.unwrap(type(self._pipeline).__call__)(self._pipeline, **arguments)
+
+    @contextmanager
+    def _pass(self, tape: Pass, denoise: Callable, evaluation: bool) -> Iterator[None]:
+        """Drive the loop by `tape`, the denoiser's forward wrapped by `denoise`."""
+        module = getattr(self._pipeline, self._name)
+        self._head.current = tape
+        self._head.noise_level = self._settings[evaluation].noise_level
+        module.forward = functools.wraps(module.forward)(functools.partial(denoise, module.forward))
+        try:
+            yield
+        finally:
+            del module.forward  # the instance's; the class's own comes back
+            self._head.current = None
+
+    def _memoise_encoders(self) -> None:
+        """Remember prompt encodings by row, and other frozen encoders' results by content."""
+        pipeline, memo = self._pipeline, self._memo
+        if hasattr(pipeline, "encode_prompt"):
+            encode_prompt = pipeline.encode_prompt
+
+            @functools.wraps(encode_prompt)
+            def remembered(*args, **kwargs):  # type: ignore[no-untyped-def]
+                prompt = args[0] if args else kwargs.get("prompt")
+                num_rows = len(prompt) if isinstance(prompt, list) else 0
+                return memo.by_row("encode_prompt", encode_prompt, args, kwargs, num_rows)
+
+            pipeline.encode_prompt = remembered
+        for name, component in pipeline.components.items():
+            if name == "image_encoder" and isinstance(component, nn.Module):
+                component.forward = functools.wraps(component.forward)(
+                    functools.partial(_remember_whole, memo, name, component.forward)
+                )
+            if name == "vae" and isinstance(component, nn.Module):
+                component.encode = functools.wraps(component.encode)(
+                    functools.partial(_remember_whole, memo, name, component.encode)
+                )
+
+
+def _remember_whole(memo: Memo, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    return memo.whole(name, function, args, kwargs)
+
+
+def _denoiser_name(pipeline: DiffusionPipeline) -> str:
+    present = [name for name in DENOISERS if isinstance(pipeline.components.get(name), nn.Module)]
+    if not present:
+        raise UnsupportedPipeline(f"{type(pipeline).__name__}: no denoiser among its components ({DENOISERS})")
+    second = [name for name in pipeline.components if name.startswith(f"{present[0]}_")]
+    if any(isinstance(pipeline.components[name], nn.Module) for name in second):
+        raise UnsupportedPipeline(f"{type(pipeline).__name__}: two denoisers ({present[0]}, {second[0]})")
+    return present[0]
+
+
+def _recording(tape: Pass, templates: list[list[Any]], num_rows: int) -> Callable:
+    """A denoiser wrapper that notes the form of each output, per (step, call)."""
+
+    def denoise(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        while len(templates) <= tape.step:
+            templates.append([])
+        templates[tape.step].append(_template(output, num_rows))
+        return output
+
+    return denoise
+
+
+def _bypassing(tape: ReplayPass, templates: list[list[Any]], num_rows: int) -> Callable:
+    """A denoiser wrapper that runs the real forward at asked steps only."""
+    calls = {"step": -1, "count": 0}
+
+    def denoise(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        if calls["step"] != tape.step:
+            calls.update(step=tape.step, count=0)
+        call, calls["count"] = calls["count"], calls["count"] + 1
+        if tape.step in tape.asked:
+            return forward(*args, **kwargs)
+        if tape.step >= len(templates) or call >= len(templates[tape.step]):
+            raise UnsupportedPipeline("the replayed loop calls the denoiser more often than sampling did")
+        device = next(value.device for value in [*args, *kwargs.values()] if isinstance(value, Tensor))
+        return _zeros(templates[tape.step][call], num_rows, device)
+
+    return denoise
+
+
+def _template(output: Any, num_rows: int) -> Any:
+    """The form of a denoiser's output: for a tensor (rows per sample, further shape, dtype)."""
+    if isinstance(output, Tensor):
+        if output.shape[0] % num_rows:
+            raise UnsupportedPipeline(f"the denoiser gave {output.shape[0]} rows for {num_rows} samples")
+        return (output.shape[0] // num_rows, tuple(output.shape[1:]), output.dtype)
+    if isinstance(output, BaseOutput):
+        return (type(output), {key: _template(value, num_rows) for key, value in output.items()})
+    if isinstance(output, (tuple, list)):
+        return (type(output), [_template(value, num_rows) for value in output])
+    if output is None:
+        return None
+    raise UnsupportedPipeline(f"the denoiser returns a {type(output).__name__}, which cannot be bypassed")
+
+
+def _zeros(template: Any, num_rows: int, device: torch.device) -> Any:
+    if template is None:
+        return None
+    if isinstance(template[0], int):
+        rows, shape, dtype = template
+        return torch.zeros((rows * num_rows, *shape), dtype=dtype, device=device)
+    kind, parts = template
+    if isinstance(parts, dict):
+        return kind(**{key: _zeros(value, num_rows, device) for key, value in parts.items()})
+    return kind(_zeros(value, num_rows, device) for value in parts)
+
+
+def _rows_of(output: Any, num_rows: int) -> list[tuple[Any, ...]]:
+    """The pipeline's first output, row by row: one picture, or the frames of a video."""
+    rows = output[0]
+    assert len(rows) == num_rows, f"the pipeline returned {len(rows)} results for {num_rows} prompts"
+    return [tuple(row) if isinstance(row, list) else (row,) for row in rows]

@@ -1,0 +1,58 @@
+"""Low-rank adapters through peft, injected into the module in place (Hu et al. 2021, arXiv 2106.09685)."""
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from unified_rl.recipe import Adapter, RecipeError
+
+_ATTENTION = re.compile(
+    r"(?:^|[._])(?:to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"
+    r"|q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|qkv|query|key|value|c_attn)$"
+)
+
+
+def target_names(module: nn.Module, adapter: Adapter) -> list[str]:
+    """Full names of the linear layers of `module` that get adapters.
+
+    Raises:
+        RecipeError: if nothing matches.
+    """
+    linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if adapter.targets == "auto":
+        found = [name for name in linears if _ATTENTION.search(name)]
+    else:
+        found = [name for name in linears if any(name == want or name.endswith(f".{want}") for want in adapter.targets)]
+    if not found:
+        some = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears})[:12])
+        raise RecipeError(f"policy.adapter.targets: no linear layer matches {adapter.targets}; there are: {some}")
+    return found
+
+
+def lora_config(module: nn.Module, adapter: Adapter):  # type: ignore[no-untyped-def]  # peft is imported late
+    """The peft configuration for `module`."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=target_names(module, adapter),
+        init_lora_weights="gaussian",
+    )
+
+
+def select_trained(module: nn.Module, patterns: Sequence[str] | None) -> None:
+    """Keep `requires_grad` only where a parameter's name matches one of the regular expressions.
+
+    Raises:
+        RecipeError: if nothing is left to train.
+    """
+    if patterns is None:
+        return
+    for name, parameter in module.named_parameters():
+        if not any(re.search(pattern, name) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        some = ", ".join(name for name, _ in list(module.named_parameters())[:3])
+        raise RecipeError(f"policy.train: {list(patterns)} matches no trainable parameter; names look like {some}")

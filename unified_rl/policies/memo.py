@@ -1,0 +1,131 @@
+"""Remembers what frozen encoders gave, so that replaying a rollout never runs them again.
+
+A memoised function's rows are kept one by one where its result splits by row, so that a window of other rows than those
+that were sampled together finds them, and equal rows (the same prompt in a group) are computed once. Everything else is
+kept by the content of the whole call. What cannot be fingerprinted (a random generator among the arguments) is computed
+every time.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class _Opaque(Exception):
+    """An argument has no content to compare by."""
+
+
+def _fingerprint(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return ("tensor", str(value.dtype), tuple(value.shape), hashlib.sha256(raw).digest())
+    if isinstance(value, np.ndarray):
+        return ("array", str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).digest())
+    if isinstance(value, Image.Image):
+        return ("image", value.mode, value.size, hashlib.sha256(value.tobytes()).digest())
+    if isinstance(value, (list, tuple)):
+        return tuple(_fingerprint(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _fingerprint(item)) for key, item in sorted(value.items()))
+    if value is None or isinstance(value, (str, bool, int, float, torch.device, torch.dtype)):
+        return (type(value).__name__, value)
+    raise _Opaque
+
+
+def _num_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (list, tuple)):
+        return sum(_num_bytes(item) for item in value)
+    return 0
+
+
+class Memo:
+    """A content-addressed store of results, the least recently used ones dropped beyond `max_bytes`."""
+
+    def __init__(self, max_bytes: int = 1 << 30) -> None:
+        self._store: OrderedDict[Hashable, Any] = OrderedDict()
+        self._max_bytes = max_bytes
+        self._held_bytes = 0
+
+    def _put(self, key: Hashable, value: Any) -> None:
+        self._store[key] = value
+        self._held_bytes += _num_bytes(value)
+        while self._held_bytes > self._max_bytes and len(self._store) > 1:
+            _, dropped = self._store.popitem(last=False)
+            self._held_bytes -= _num_bytes(dropped)
+
+    def _get(self, key: Hashable) -> Any:
+        self._store.move_to_end(key)
+        return self._store[key]
+
+    def whole(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """`function(*args, **kwargs)` without gradients, remembered by the content of the arguments."""
+        try:
+            key = (name, _fingerprint(args), _fingerprint(kwargs))
+        except _Opaque:
+            key = None
+        if key is not None and key in self._store:
+            return self._get(key)
+        with torch.no_grad():
+            result = function(*args, **kwargs)
+        if key is not None:
+            self._put(key, result)
+        return result
+
+    def by_row(self, name: str, function: Callable, args: tuple, kwargs: dict, num_rows: int) -> Any:
+        """As `whole`, but row by row: lists of length `num_rows` and tensors with that leading dimension are per row,
+        everything else is shared; a result that does not split the same way falls back to `whole`."""
+        try:
+            shared, rows = _split_arguments(args, kwargs, num_rows)
+        except _Opaque:
+            return self.whole(name, function, args, kwargs)
+        keys = [(name, shared, row) for row in rows]
+        wanted = {key: index for index, key in reversed(list(enumerate(keys))) if key not in self._store}
+        if wanted:
+            picked = sorted(wanted.values())
+            with torch.no_grad():
+                result = function(
+                    *(_pick(value, picked, num_rows) for value in args),
+                    **{key: _pick(value, picked, num_rows) for key, value in kwargs.items()},
+                )
+            if not _splits(result, len(picked)):
+                return self.whole(name, function, args, kwargs)
+            for position, index in enumerate(picked):
+                self._put(keys[index], tuple(None if part is None else part[position].clone() for part in result))
+        found = [self._get(key) for key in keys]
+        shapes = {tuple(None if part is None else part.shape for part in row) for row in found}
+        if len(shapes) > 1:  # padded to different lengths in different batches
+            return self.whole(name, function, args, kwargs)
+        return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True))
+
+
+def _is_per_row(value: Any, num_rows: int) -> bool:
+    return isinstance(value, (list, Tensor)) and len(value) == num_rows
+
+
+def _split_arguments(args: tuple, kwargs: dict, num_rows: int) -> tuple[Hashable, list[Hashable]]:
+    named = [*enumerate(args), *sorted(kwargs.items())]
+    per_row = [value for _, value in named if _is_per_row(value, num_rows)]
+    shared = tuple((key, _fingerprint(value)) for key, value in named if not _is_per_row(value, num_rows))
+    if not per_row:
+        raise _Opaque
+    return shared, [tuple(_fingerprint(value[row]) for value in per_row) for row in range(num_rows)]
+
+
+def _pick(value: Any, index: list[int], num_rows: int) -> Any:
+    if not _is_per_row(value, num_rows):
+        return value
+    return value[index] if isinstance(value, Tensor) else [value[row] for row in index]
+
+
+def _splits(result: Any, num_rows: int) -> bool:
+    return isinstance(result, tuple) and all(
+        part is None or (isinstance(part, Tensor) and part.ndim > 0 and len(part) == num_rows) for part in result
+    )
