@@ -13,13 +13,15 @@ _ATTENTION = re.compile(
 )
 
 
-def target_names(module: nn.Module, adapter: Adapter) -> list[str]:
-    """Full names of the linear layers of `module` that get adapters.
+def target_names(module: nn.Module, adapter: Adapter, exclude: re.Pattern[str] | None = None) -> list[str]:
+    """Full names of the linear layers of `module` that get adapters; names that `exclude` finds never do.
 
     Raises:
         RecipeError: if nothing matches.
     """
     linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if exclude is not None:
+        linears = [name for name in linears if not exclude.search(name)]
     if adapter.targets == "auto":
         found = [name for name in linears if _ATTENTION.search(name)]
     else:
@@ -30,14 +32,14 @@ def target_names(module: nn.Module, adapter: Adapter) -> list[str]:
     return found
 
 
-def lora_config(module: nn.Module, adapter: Adapter):  # type: ignore[no-untyped-def]  # peft is imported late
+def lora_config(module: nn.Module, adapter: Adapter, exclude: re.Pattern[str] | None = None):  # type: ignore[no-untyped-def]  # peft is imported late
     """The peft configuration for `module`."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
-        target_modules=target_names(module, adapter),
+        target_modules=target_names(module, adapter, exclude),
         init_lora_weights="gaussian",
     )
 
