@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
+from unified_rl.types import Prompt, Segment, StepStats, Trajectory
 
 
 class Policy(Protocol):
@@ -21,6 +21,10 @@ class Policy(Protocol):
     """What the engine trains; parameters with `requires_grad` are the trained ones."""
     steps_per_forward: Mapping[str, int | None]
     """Per segment, the most steps that one forward evaluates; None: all."""
+    max_steps: Mapping[str, int]
+    """Per segment, the most steps that a trajectory can have."""
+    version: int
+    """Number of optimiser steps taken; the trainer counts it."""
 
     def sample(self, prompts: Sequence[Prompt], *, evaluation: bool = False) -> Trajectory:
         """Draw one trajectory per prompt, each from its own seed, without gradients. `evaluation` uses the
@@ -41,6 +45,10 @@ class Policy(Protocol):
 
     def save(self, directory: Path) -> None:
         """Write what was trained in the ecosystem's own format (`save_pretrained`)."""
+        ...
+
+    def restore(self, directory: Path) -> None:
+        """Load what `save` wrote into the trained module."""
         ...
 
 

@@ -7,6 +7,7 @@ and `--help` answer at once.
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ class RecipeError(Exception):
 class Block(BaseModel):
     """A strict block of a recipe: unknown keys are errors, values are checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Adapter(Block):
@@ -66,7 +67,7 @@ class TextSampling(Block):
     """Longer prompts are refused (never cut: a cut inside an image breaks the model)."""
 
 
-SAMPLING = {"diffusion": DiffusionSampling, "causal_lm": TextSampling}
+SAMPLING: dict[str, type[Block]] = {"diffusion": DiffusionSampling, "causal_lm": TextSampling}
 
 
 class PolicyBlock(Block):
@@ -117,7 +118,7 @@ class Objective(Block):
 
     preset: str | None = None
     advantage: Literal["group_std", "group_mean", "global_std"] = "group_std"
-    """Centre by the group mean; then divide by the group's std, by nothing (Dr.GRPO), or by the std over all samples."""
+    """Centre by the group mean; then divide by the group's std, by nothing (Dr.GRPO), or by the std of all samples."""
     advantage_clip: float | None = Field(default=None, gt=0)
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of each step, or of the whole sequence (GSPO: its geometric mean)."""
@@ -129,7 +130,7 @@ class Objective(Block):
     delta: float | None = Field(default=None, gt=1)
     """Upper bound of the unclipped ratio (INTELLECT-2)."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
-    """Global mean over steps; mean over sequences of their step means; of their step sums; sum over a constant length."""
+    """Mean over all steps; mean over sequences of their step means; of their step sums; sum over a constant length."""
     kl: KL = KL()
     entropy_coef: float = Field(default=0.0, ge=0)
     train_steps: int | None = Field(default=None, ge=1)
@@ -218,13 +219,14 @@ class Recipe(Block):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         if self.samples_per_rollout % self.minibatches:
-            raise ValueError(f"minibatches={self.minibatches} does not divide the {self.samples_per_rollout} samples")
+            raise ValueError(f"minibatches: {self.minibatches} does not divide the {self.samples_per_rollout} samples")
         if all(reward.weight == 0 for reward in self.rewards):
-            raise ValueError("every reward has weight 0, so there is nothing to train on; give one a weight")
-        SAMPLING[self.policy.family].model_validate({**self.policy.sampling.model_dump(), **self.evaluation.sampling})
+            raise ValueError("rewards: every one has weight 0, so there is nothing to train on; give one a weight")
+        exam = {**self.policy.sampling.model_dump(), **self.evaluation.sampling}
+        _resolve_sampling(exam, self.policy.family, "evaluation.sampling.")
         for name, objective in self.objective.items():
             if objective.kl.estimator == "gaussian" and objective.kl.coef and self.policy.family != "diffusion":
-                raise ValueError(f"objective.{name}: the gaussian KL needs Gaussian steps; use k3 for tokens")
+                raise ValueError(f"objective.{name}.kl: gaussian needs Gaussian steps; use k3 for tokens")
         return self
 
     def objective_for(self, segment: str) -> Objective:
@@ -264,7 +266,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """
     path = find_recipe(name)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueLoader)  # noqa: S506 (a SafeLoader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -276,14 +278,14 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 def parse_recipe(raw: dict, folder: Path) -> Recipe:
     """Resolve and check a recipe that is already a dictionary; relative paths are looked up in `folder` first."""
-    raw = json.loads(json.dumps(raw))
+    raw = json.loads(json.dumps(raw, default=str))
     _check_keys(raw, Recipe, "")
     _resolve_policy(raw, folder)
     for block, key in (("data", "prompts"), ("data", "evaluation")):
         if isinstance(raw.get(block), dict) and isinstance(raw[block].get(key), str):
             raw[block][key] = _locate(raw[block][key], folder)
-    for reward in raw.get("rewards") or []:
-        if isinstance(reward, dict) and isinstance(reward.get("name"), str):
+    for reward in raw["rewards"] if isinstance(raw.get("rewards"), list) else []:
+        if isinstance(reward, dict) and isinstance(reward.get("name"), str) and ":" in reward["name"]:
             reward["name"] = _locate(reward["name"], folder)
     raw["objective"] = _resolve_objective(raw.get("objective") or {})
     try:
@@ -327,13 +329,16 @@ def _resolve_policy(raw: dict, folder: Path) -> None:
     policy["model"] = _locate(policy["model"], folder)
     if "family" not in policy:
         policy["family"] = _family_of(Path(policy["model"]))
-    sampling = SAMPLING.get(policy["family"])
-    if sampling is not None and isinstance(policy.setdefault("sampling", {}), dict):
-        _check_keys(policy["sampling"], sampling, "policy.sampling.")
-        try:
-            policy["sampling"] = sampling.model_validate(policy["sampling"]).model_dump()
-        except ValidationError as error:
-            raise RecipeError("policy.sampling." + _one_line(error)) from error
+    if str(policy["family"]) in SAMPLING and isinstance(policy.setdefault("sampling", {}), dict):
+        policy["sampling"] = _resolve_sampling(policy["sampling"], policy["family"], "policy.sampling.")
+
+
+def _resolve_sampling(raw: dict, family: str, where: str) -> dict:
+    _check_keys(raw, SAMPLING[family], where)
+    try:
+        return SAMPLING[family].model_validate(raw).model_dump()
+    except ValidationError as error:
+        raise RecipeError(where + _one_line(error)) from error
 
 
 def _family_of(folder: Path) -> str:
@@ -357,7 +362,7 @@ def _resolve_objective(raw: Any) -> dict:
         where = f"objective.{name}." if by_segment else "objective."
         _check_keys(block, Objective, where)
         preset = block.get("preset")
-        if preset is not None and preset not in PRESETS:
+        if preset is not None and str(preset) not in PRESETS:
             raise RecipeError(f"{where}preset: no preset {preset!r}{_nearest(str(preset), list(PRESETS))}")
         filled = dict(PRESETS[preset][1]) if preset else {}
         if isinstance(block.get("kl"), dict):
@@ -388,7 +393,9 @@ def _nearest(name: str, valid: list[str]) -> str:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("DiffusionSampling", "TextSampling"))
-    message = first["msg"].removeprefix("Value error, ")
+    # "all" and the names of a union's members are ours; the user did not write them
+    where = ".".join(str(part) for part in first["loc"] if part not in ("DiffusionSampling", "TextSampling", "all"))
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = re.sub(r"a valid dictionary or instance of \w+", "a block of keys", message)
     given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
     return f"{where}: {message}{given}" if where else message

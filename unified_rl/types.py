@@ -1,4 +1,4 @@
-"""The records that travel through the trainer, one per stage of the data path; none has a field that is filled in later.
+"""The records that travel through the trainer, one per stage of the data path; no field is filled in later.
 
     Prompt --sample--> Trajectory --score--> Scores --advantages--> Windows --log_prob--> StepStats
 

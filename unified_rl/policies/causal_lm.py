@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import (
@@ -91,6 +93,7 @@ class CausalLMPolicy:
         """
         assert isinstance(block.sampling, TextSampling)
         self.version = 0
+        self.max_steps = {SEGMENT: block.sampling.max_new_tokens}
         self._processor = processor
         is_tokenizer = isinstance(processor, PreTrainedTokenizerBase)
         self._tokenizer: PreTrainedTokenizerBase = processor if is_tokenizer else processor.tokenizer
@@ -224,6 +227,15 @@ class CausalLMPolicy:
         finally:
             model.generation_config = neutral
         self._processor.save_pretrained(directory)
+
+    def restore(self, directory: Path) -> None:
+        """Load what `save` wrote."""
+        model: Any = self.module
+        if self._block.adapter.kind == "lora":
+            set_peft_model_state_dict(model, load_file(directory / "adapter_model.safetensors"))
+            return
+        saved = type(model).from_pretrained(directory, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
 
     def _completion_logits(self, batch: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> Tensor:
         """[B, S, V] float32 logits that predicted `tokens` [B, S]."""

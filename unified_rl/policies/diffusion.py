@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import BaseOutput
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unified_rl.policies.lora import lora_config, select_trained
@@ -67,6 +70,7 @@ class DiffusionPolicy:
         """
         assert isinstance(block.sampling, DiffusionSampling)
         self.version = 0
+        self.max_steps = {SEGMENT: block.sampling.num_inference_steps}
         self._pipeline = pipeline
         self._block = block
         self._settings = {False: block.sampling, True: evaluation or block.sampling}
@@ -186,6 +190,15 @@ class DiffusionPolicy:
             self.module.save_lora_adapter(directory)
         else:
             self.module.save_pretrained(directory / self._name)
+
+    def restore(self, directory: Path) -> None:
+        """Load what `save` wrote."""
+        if self._block.adapter.kind == "lora":
+            weights = load_file(directory / LORA_WEIGHT_NAME_SAFE)
+            set_peft_model_state_dict(self.module, weights)
+            return
+        saved = type(self.module).from_pretrained(directory / self._name, dtype=self.module.dtype)
+        self.module.load_state_dict(saved.state_dict())
 
     def _call(self, prompts: Sequence[Prompt], evaluation: bool) -> Any:
         settings = self._settings[evaluation]

@@ -170,8 +170,8 @@ def _related(first: Found, second: Found, relation: str) -> bool:
 
 
 def conditions(spec: Spec, image: Image.Image) -> list[bool]:
-    """What a prompt asks for, condition by condition: per object kind its colour, its shape, both on the same object and
-    the right number of it; then the total number of objects, the position, and the relation."""
+    """What a prompt asks for, condition by condition: per object kind its colour, its shape, both on the same object
+    and the right number of it; then the total number of objects (without blots), the position, and the relation."""
     found = find_objects(image)
     met = []
     matches = []
@@ -184,7 +184,9 @@ def conditions(spec: Spec, image: Image.Image) -> list[bool]:
             bool(same),
             len(same) == asked["count"],
         ]
-    met.append(len(found) == sum(asked["count"] for asked in spec["objects"]))
+    # A blot is no object: else a plain white picture would earn the point for "one object".
+    right_number = len(found) == sum(asked["count"] for asked in spec["objects"])
+    met.append(right_number and all(thing.shape is not None for thing in found))
     if spec["position"] is not None:
         met.append(bool(matches[0]) and all(_at(thing, spec["position"]) for thing in matches[0]))
     if spec["relation"] is not None:

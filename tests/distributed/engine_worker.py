@@ -1,0 +1,218 @@
+"""Run by torchrun in test_engine_equality.py: trains one small model in many settings and stores what came out.
+
+Also imported by that test, which trains the same windows in one process with the local engine.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from unified_rl import checkpoint
+from unified_rl.engine import build_engine, distributed
+from unified_rl.recipe import EngineBlock, Optimizer
+
+NUM_RANKS = 2
+NUM_STEPS = 3
+ROWS = 24
+NORM_LIMIT = 2.5
+"""Between the gradient norms of the steps: some are clipped, some are not."""
+STAGES = ["0", "1", "2", "3", "3-sharded"]
+SPLITS = {"one": (1, 1, 1), "three": (3, 3, 3), "mixed": (3, 1, 2)}
+"""Windows a rank, by optimiser step."""
+
+
+class Net(nn.Module):
+    """An MLP with a frozen layer, a branch that some windows leave out, and a layer that is never used."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.last, self.branch = nn.Linear(8, 33), nn.Linear(33, 8), nn.Linear(8, 8)
+        self.unused, self.frozen = nn.Linear(3, 3), nn.Linear(8, 8)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor, branch: bool) -> Tensor:
+        y = self.last(torch.tanh(self.first(x))) + self.frozen(x)
+        return y + self.branch(x) if branch else y
+
+
+def recipe(backend: str, stage: str) -> SimpleNamespace:
+    # Adam forgets the scale of gradients, and so would this test: a large eps and a clip limit inside their range
+    # make it notice.
+    optimizer = Optimizer(lr=1e-2, eps=0.1, max_grad_norm=NORM_LIMIT, weight_decay=0.1, warmup_steps=2, decay="linear")
+    return SimpleNamespace(optimizer=optimizer, engine=EngineBlock(backend=backend, zero_stage=int(stage[0])))
+
+
+def windows(step: int, num_windows: int, skipping: bool) -> list[list[tuple[Tensor, Tensor, bool]]]:
+    """Per rank, the windows of a step: x [rows, 8], y [rows, 8], whether the branch is used.
+
+    With `skipping`, step 1 does not use the branch at all, and step 2 not in its first window.
+    """
+    generator = torch.Generator().manual_seed(step)
+    rows = torch.randn(2, ROWS, 8, generator=generator)
+    plan = []
+    for part in rows.chunk(NUM_RANKS, dim=1):
+        pieces = part.chunk(num_windows, dim=1)
+        used = [not skipping or step == 0 or (step == 2 and index > 0) for index in range(num_windows)]
+        plan.append([(x, y, use) for (x, y), use in zip(pieces, used, strict=True)])
+    return plan
+
+
+def train(
+    module: Net, engine, split: tuple[int, ...], ranks: range, *, skipping=True, bad_step=None
+) -> Iterator[float]:
+    """Train on the windows of `ranks`; yields the norm after each step. In `bad_step` the last rank's loss is NaN."""
+    for step, num_windows in enumerate(split):
+        plan = windows(step, num_windows, skipping)
+        for rank in ranks:
+            for x, y, use in plan[rank]:
+                with engine.window():
+                    loss = 3.0 * (module(x, use) - y).pow(2).sum() / (ROWS * 8)
+                    engine.backward(loss * float("nan") if step == bad_step and rank == NUM_RANKS - 1 else loss)
+        yield engine.step()
+
+
+def weights(module: Net, engine) -> dict[str, Tensor]:
+    with engine.full_weights():
+        return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def build(stage: str, seed: int = 0):
+    module = Net(seed)
+    return module, build_engine(module, recipe("deepspeed", stage), num_steps=NUM_STEPS)
+
+
+def settings() -> dict:
+    """One result per (stage, what)."""
+    ranks = range(distributed.rank(), distributed.rank() + 1)
+    results = {}
+    for stage in STAGES:
+        with sharding_everything(stage.endswith("sharded")):
+            for name, split in SPLITS.items():
+                module, engine = build(stage)
+                norms = list(train(module, engine, split, ranks))
+                results[stage, name] = {"weights": weights(module, engine), "norms": norms, "bytes": engine.comm_bytes}
+            module, engine = build(stage)
+            norms = list(train(module, engine, SPLITS["three"], ranks, skipping=False))
+            results[stage, "resplit"] = {"weights": weights(module, engine), "norms": norms}
+            module, engine = build(stage)
+            norms = list(train(module, engine, SPLITS["mixed"], ranks, bad_step=1))
+            norms = distributed.gather_objects([[str(norm) for norm in norms]])
+            results[stage, "bad"] = {"weights": weights(module, engine), "norms": norms, "lr": engine.lr}
+            results[stage, "resumed"] = resumed(stage, ranks)
+    return results
+
+
+def sharding_everything(wanted: bool):
+    """DeepSpeed keeps small parameters whole under stage 3; inside this it does not."""
+    from unittest.mock import patch
+
+    from unified_rl.engine import deepspeed
+
+    original = deepspeed._config
+
+    def config(zero_stage: int, max_grad_norm: float) -> dict:
+        made = original(zero_stage, max_grad_norm)
+        if wanted:
+            made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made
+
+    return patch.object(deepspeed, "_config", config)
+
+
+def resumed(stage: str, ranks: range) -> dict:
+    """Train, save after step 2, continue; then again from the file in a new engine around other weights."""
+    module, engine = build(stage)
+    steps = train(module, engine, SPLITS["mixed"], ranks)
+    next(steps), next(steps)
+    with tempfile.TemporaryDirectory() as own:
+        shared = Path(distributed.gather_objects([own])[0])
+        engine.save(shared / "trainer")
+        straight_norm, straight = next(steps), weights(module, engine)
+        module, engine = build(stage, seed=1)
+        copy_frozen(module, stage)
+        engine.load(shared / "trainer")
+        lr = engine.lr
+        plan = windows(2, SPLITS["mixed"][2], True)
+        for x, y, use in plan[ranks[0]]:
+            with engine.window():
+                engine.backward(3.0 * (module(x, use) - y).pow(2).sum() / (ROWS * 8))
+        norm, again = engine.step(), weights(module, engine)
+        distributed.barrier()
+    return {"straight": straight, "again": again, "norms": (straight_norm, norm), "lr": lr}
+
+
+def copy_frozen(module: Net, stage: str) -> None:
+    """Give a module the frozen layer of seed 0, which checkpoints leave out."""
+    import deepspeed
+
+    parameters = list(module.frozen.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=stage[0] == "3"), torch.no_grad():
+        for parameter, source in zip(parameters, Net(0).frozen.parameters(), strict=True):
+            parameter.copy_(source)
+
+
+def helpers() -> dict:
+    """The collectives of `distributed`, on values that differ by rank."""
+    rank = distributed.rank()
+    tensors = {
+        "bool": torch.tensor([rank == 0, True]),
+        "bfloat16": torch.full((1, 2, 2), rank + 0.5, dtype=torch.bfloat16),
+        "int64": torch.tensor([[rank, 2**60 + rank]]),
+        "empty": torch.zeros(0, 3),
+    }
+    found: dict = {name: distributed.gather_rows(tensor) for name, tensor in tensors.items()}
+    try:
+        distributed.gather_rows(torch.zeros(rank + 1))
+        refused = False
+    except AssertionError:
+        refused = True
+    found["uneven refused"] = distributed.gather_objects([refused])
+    found["objects"] = distributed.gather_objects([{"rank": rank, "text": "ü" * rank}] * (rank + 1))
+    found["sum"] = distributed.sum_over_ranks([rank + 1, 2.0**40 + rank])
+    found["max"] = distributed.max_over_ranks([-float(rank), float(rank)])
+    found["flags"] = [distributed.broadcast_flag(rank == 1), distributed.broadcast_flag(False)]
+    return found
+
+
+class DummyPolicy:
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+
+    def save(self, directory: Path) -> None:
+        if self.fails:
+            raise OSError("disk full")
+        (directory / "weights.txt").write_text("weights")
+
+
+def checkpoints(run_folder: Path) -> dict:
+    """Checkpoints of two processes, one of which cannot be written."""
+    _, engine = build("2")
+    errors = []
+    for step, fails in ((1, False), (2, True)):
+        try:
+            checkpoint.save_checkpoint(
+                run_folder, step, policy=DummyPolicy(fails), engine=engine, state={"step": step}, keep=2
+            )
+            errors.append("")
+        except checkpoint.CheckpointError as error:
+            errors.append(str(error))
+    found = checkpoint.find_checkpoint(run_folder, "auto")
+    return {"errors": distributed.gather_objects([errors]), "found": distributed.gather_objects([str(found)])}
+
+
+def main(out: Path) -> None:
+    distributed.initialise(timeout_seconds=60)
+    results = {"settings": settings(), "helpers": helpers(), "checkpoints": checkpoints(out.parent / "run")}
+    if distributed.is_main():
+        torch.save(results, out)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,134 @@
+"""Two real processes under DeepSpeed train exactly what one process trains: ZeRO 0 to 3, any split into windows."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import engine_worker as worker
+import pytest
+import torch
+
+from unified_rl.checkpoint import find_checkpoint, load_state, verify
+from unified_rl.engine import build_engine
+
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """What `engine_worker.py` found in two processes (one launch for all tests: importing DeepSpeed takes seconds)."""
+    out = folder / "results.pt"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(Path(worker.__file__)), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return torch.load(out)
+
+
+def local(split, **options):
+    """The same windows in one process."""
+    module = worker.Net(0)
+    engine = build_engine(module, worker.recipe("local", "0"), num_steps=worker.NUM_STEPS)
+    norms = list(worker.train(module, engine, split, range(worker.NUM_RANKS), **options))
+    return worker.weights(module, engine), norms
+
+
+def assert_equal_weights(found, expected):
+    for name, weight in expected.items():
+        assert torch.linalg.norm(found[name] - weight) <= TOLERANCE * torch.linalg.norm(weight), name
+
+
+def test_the_comparison_is_sensitive_to_the_scale_of_gradients():
+    weights, norms = local(worker.SPLITS["one"])
+    module = worker.Net(0)
+    engine = build_engine(module, worker.recipe("local", "0"), num_steps=worker.NUM_STEPS)
+    add = engine.backward
+    engine.backward = lambda loss: add(loss * 0.5)
+    halved = list(worker.train(module, engine, worker.SPLITS["one"], range(worker.NUM_RANKS)))
+    assert max(norms) > worker.NORM_LIMIT > min(norms)
+    assert halved[0] == pytest.approx(norms[0] / 2)
+    with pytest.raises(AssertionError):
+        assert_equal_weights(worker.weights(module, engine), weights)
+
+
+@pytest.mark.parametrize("split", worker.SPLITS)
+@pytest.mark.parametrize("stage", worker.STAGES)
+def test_parameters_and_norms_equal_one_process(results, stage, split):
+    weights, norms = local(worker.SPLITS[split])
+    found = results["settings"][stage, split]
+    assert found["norms"] == pytest.approx(norms, rel=TOLERANCE)
+    assert_equal_weights(found["weights"], weights)
+
+
+@pytest.mark.parametrize("stage", worker.STAGES)
+def test_the_number_of_windows_does_not_matter(results, stage):
+    weights, norms = local(worker.SPLITS["one"], skipping=False)
+    found = results["settings"][stage, "resplit"]
+    assert found["norms"] == pytest.approx(norms, rel=TOLERANCE)
+    assert_equal_weights(found["weights"], weights)
+
+
+@pytest.mark.parametrize("stage", worker.STAGES)
+def test_a_bad_gradient_on_one_rank_skips_the_update_on_both(results, stage):
+    weights, norms = local(worker.SPLITS["mixed"], bad_step=1)
+    found = results["settings"][stage, "bad"]
+    assert not math.isfinite(norms[1])
+    for of_rank in found["norms"]:
+        assert [math.isfinite(float(norm)) for norm in of_rank] == [True, False, True]
+        assert float(of_rank[2]) == pytest.approx(norms[2], rel=TOLERANCE)
+    assert_equal_weights(found["weights"], weights)
+    assert found["lr"] == 0.0
+
+
+@pytest.mark.parametrize("stage", worker.STAGES)
+def test_a_loaded_engine_continues_identically(results, stage):
+    found = results["settings"][stage, "resumed"]
+    assert found["norms"][0] == found["norms"][1]
+    assert found["lr"] == pytest.approx(1e-2)
+    for name, weight in found["straight"].items():
+        assert torch.equal(weight, found["again"][name]), name
+
+
+def test_comm_bytes_follow_the_formula(results):
+    size = sum(p.numel() * 4 for p in worker.Net(0).parameters() if p.requires_grad)
+    share = {stage: results["settings"][stage, "three"]["bytes"] / (size / 2) for stage in worker.STAGES}
+    # Three steps of three windows, two ranks.
+    assert share["0"] == 3 * 2
+    assert share["1"] == 3 * 3
+    assert share["2"] == 3 * (3 * 2 + 1)
+    assert share["3"] == 9
+    assert share["3-sharded"] > 27
+
+
+def test_helpers(results):
+    found = results["helpers"]
+    assert found["bool"].tolist() == [True, True, False, True]
+    assert found["bfloat16"].dtype == torch.bfloat16 and found["bfloat16"].shape == (2, 2, 2)
+    assert found["bfloat16"][:, 0, 0].tolist() == [0.5, 1.5]
+    assert found["int64"].tolist() == [[0, 2**60], [1, 2**60 + 1]]
+    assert found["empty"].shape == (0, 3)
+    assert found["uneven refused"] == [True, True]
+    assert found["objects"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "ü"}, {"rank": 1, "text": "ü"}]
+    assert found["sum"] == [3.0, 2.0**41 + 1]
+    assert found["max"] == [0.0, 1.0]
+    assert found["flags"] == [True, False]
+
+
+def test_checkpoints_of_two_processes(results, folder):
+    run = folder / "run"
+    found = results["checkpoints"]
+    for good, bad in found["errors"]:
+        assert good == "" and "could not be written" in bad
+    newest = find_checkpoint(run, "auto")
+    assert newest is not None and newest.name == "step_000001"
+    assert found["found"] == [str(newest)] * 2
+    verify(newest)
+    assert load_state(newest) == {"step": 1}

@@ -1,0 +1,100 @@
+"""Advantages: hand-computed numbers, excluded samples, and groups that must teach nothing."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+
+from unified_rl.advantages import Normalise, group_advantages, zero_std_fraction
+
+NAN = math.nan
+REWARDS = torch.tensor([1.0, 10.0, 2.0, 14.0, 3.0])
+GROUPS = torch.tensor([7, 2, 7, 2, 7])
+
+
+@pytest.mark.parametrize(
+    ("normalise", "expected"),
+    [
+        # Group 7: mean 2, unbiased std 1; group 2: mean 12, std sqrt(8); all: mean 6, std sqrt(130 / 4).
+        ("group_mean", [-1.0, -2.0, 0.0, 2.0, 1.0]),
+        ("group_std", [-1 / 1.0001, -2 / (8**0.5 + 1e-4), 0.0, 2 / (8**0.5 + 1e-4), 1 / 1.0001]),
+        ("global_std", [value / (32.5**0.5 + 1e-4) for value in (-1.0, -2.0, 0.0, 2.0, 1.0)]),
+    ],
+)
+def test_advantages_by_hand(normalise: Normalise, expected: list[float]) -> None:
+    got = group_advantages(REWARDS, GROUPS, normalise=normalise)
+    torch.testing.assert_close(got, torch.tensor(expected))
+
+
+def test_clip() -> None:
+    got = group_advantages(REWARDS, GROUPS, normalise="group_mean", clip=1.5)
+    assert got.tolist() == [-1.0, -1.5, 0.0, 1.5, 1.0]
+
+
+@pytest.mark.parametrize("normalise", get_args(Normalise))
+def test_excluded_samples_enter_no_statistic(normalise: Normalise) -> None:
+    rewards = torch.tensor([NAN, 1.0, 10.0, 2.0, NAN, 14.0, 3.0, NAN])
+    groups = torch.tensor([7, 7, 2, 7, 2, 2, 7, 99])
+    got = group_advantages(rewards, groups, normalise=normalise)
+    valid = ~rewards.isnan()
+    torch.testing.assert_close(got[valid], group_advantages(REWARDS, GROUPS, normalise=normalise))
+    assert got[~valid].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("normalise", get_args(Normalise))
+@pytest.mark.parametrize(
+    "group",
+    [
+        [5.0],
+        [5.0, NAN, NAN],
+        [NAN, NAN],
+        [0.0, 0.0, 0.0],
+        [-3.7, -3.7, -3.7],
+        [0.3, 0.30000001192092896, 0.30000004172325134],  # neighbouring float32 numbers
+        [1e8, 1e8, 1e8 + 8],
+        [1e-9, 1e-9],
+    ],
+)
+def test_tied_groups_and_groups_of_one_get_exactly_zero(group: list[float], normalise: Normalise) -> None:
+    rewards = torch.tensor([*group, 1.0, 4.0])
+    groups = torch.tensor([0] * len(group) + [1, 1])
+    got = group_advantages(rewards, groups, normalise=normalise)
+    assert got[:-2].tolist() == [0.0] * len(group)
+    assert got[-2] < 0 < got[-1]
+    alone = group_advantages(rewards[:-2], groups[:-2], normalise=normalise)
+    assert alone.tolist() == [0.0] * len(group)
+
+
+def test_small_but_real_differences_count() -> None:
+    got = group_advantages(torch.tensor([1.0, 1.001]), torch.tensor([0, 0]), normalise="group_std")
+    # std 0.000707 against the 0.0001 that is added to it.
+    torch.testing.assert_close(got, torch.tensor([-0.6195, 0.6195]), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("normalise", get_args(Normalise))
+def test_order_and_group_numbers_do_not_matter(normalise: Normalise) -> None:
+    torch.manual_seed(0)
+    rewards, groups = torch.randn(24), torch.arange(24) // 6
+    order = torch.randperm(24)
+    expected = group_advantages(rewards, groups, normalise=normalise)
+    got = group_advantages(rewards[order], (2**40 - groups)[order], normalise=normalise)
+    torch.testing.assert_close(got, expected[order])
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(expected.reshape(4, 6).mean(1), torch.zeros(4), rtol=0.0, atol=1e-6)
+
+
+def test_zero_std_fraction_by_hand() -> None:
+    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, 5.0, NAN, 2.0, NAN, NAN])
+    groups = torch.tensor([0, 0, 1, 1, 2, 2, 2, 3, 3])
+    # Group 0 is tied, 1 and 2 are not, 3 has no valid sample and does not count.
+    assert zero_std_fraction(rewards, groups) == pytest.approx(1 / 3)
+    assert zero_std_fraction(torch.tensor([1.0, NAN]), torch.tensor([0, 0])) == 1.0
+    assert zero_std_fraction(torch.tensor([NAN, NAN]), torch.tensor([0, 1])) == 0.0
+
+
+def test_infinite_rewards_and_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="infinite"):
+        group_advantages(torch.tensor([1.0, math.inf]), torch.tensor([0, 0]), normalise="group_std")
+    with pytest.raises(ValueError, match="known: group_std"):
+        group_advantages(REWARDS, GROUPS, normalise="std")  # type: ignore[arg-type]

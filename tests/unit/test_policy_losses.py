@@ -1,0 +1,201 @@
+"""Policy losses: hand-computed numbers, TRL's losses and gradients, and what masks and bounds promise."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from oracle_files import load
+from torch import Tensor
+
+from unified_rl.objectives import aggregate, kl
+from unified_rl.objectives.policy_gradient import (
+    LOSSES,
+    cispo_loss,
+    clip_fractions,
+    clip_loss,
+    log_ratios,
+    policy_loss,
+    sapo_loss,
+)
+
+TRL, ARRAYS = load("trl_policy_losses")
+
+# TRL's loss types in our keys: the loss, and the aggregation that one process without accumulation has.
+LOSS_TYPES: dict[str, tuple[str, aggregate.Aggregation]] = {
+    "grpo": ("clip", "sequence_mean"),
+    "bnpo": ("clip", "token_mean"),
+    "dapo": ("clip", "token_mean"),
+    "dr_grpo": ("clip", "constant"),
+    "luspo": ("clip", "sequence_sum"),
+    "cispo": ("cispo", "token_mean"),
+    "sapo": ("sapo", "sequence_mean"),
+}
+# VESPO and the off-policy sequence mask are not implemented (the mask of that case masks nothing).
+CASES = [case for case in TRL["cases"] if case["loss_type"] != "vespo" and "off_policy_mask_threshold" not in case]
+
+
+def test_number_of_oracle_cases() -> None:
+    assert len(CASES) == 25 and len(TRL["cases"]) == 27
+
+
+def trl_loss(case: dict[str, Any], log_probs: Tensor) -> Tensor:
+    loss_mask = ARRAYS["loss_mask"].bool()
+    loss, mode = LOSS_TYPES[case["loss_type"]]
+    clip_low = case.get("eps_low", 0.2)
+    per_step = policy_loss(
+        log_probs,
+        ARRAYS["old_log_probs"],
+        ARRAYS["advantages"].unsqueeze(1).expand(log_probs.shape),
+        loss_mask,
+        loss=loss,  # type: ignore[arg-type]
+        ratio_level=case.get("level", "token"),
+        clip_low=clip_low,
+        clip_high=case.get("eps_high", clip_low),
+        delta=case.get("delta"),
+    ).per_step
+    per_step = per_step + case.get("beta", 0.0) * kl.estimate(log_probs, ARRAYS["ref_log_probs"], "k3")
+    num_steps, num_sequences = aggregate.counts(loss_mask)
+    weights = aggregate.weights(
+        loss_mask, mode, num_steps=num_steps, num_sequences=num_sequences, max_length=9, dtype=torch.float64
+    )
+    return (per_step * weights).sum()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['name']}-{case['loss_type']}")
+def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any]) -> None:
+    log_probs = ARRAYS["log_probs"].clone().requires_grad_()
+    loss = trl_loss(case, log_probs)
+    loss.backward()
+    expected = torch.tensor(case["loss"], dtype=torch.float64)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(log_probs.grad, ARRAYS[f"{case['name']}_grad"], rtol=1e-12, atol=1e-12)
+
+
+def test_clip_loss_by_hand() -> None:
+    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]])
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 2.0]])
+    got = clip_loss(ratio, advantages, 0.2, 0.3)
+    torch.testing.assert_close(got, torch.tensor([[-1.3, 1.5, -0.5, 0.8, -2.2]]))
+
+
+def test_bounds_of_the_clip_loss_by_hand() -> None:
+    ratio, advantages = torch.tensor([[5.0, 5.0, 5.0, 1.5]]), torch.tensor([[-1.0, -2.0, 1.0, -1.0]])
+    dual = clip_loss(ratio, advantages, 0.2, 0.3, dual_clip=3.0)
+    torch.testing.assert_close(dual, torch.tensor([[3.0, 6.0, -1.3, 1.5]]))
+    delta = clip_loss(ratio, advantages, 0.2, 0.3, delta=2.0)
+    torch.testing.assert_close(delta, torch.tensor([[2.0, 4.0, -1.3, 1.5]]))
+
+
+def test_clipped_steps_have_no_gradient() -> None:
+    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 9.0]], requires_grad=True)
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, -1.0]])
+    clip_loss(ratio, advantages, 0.2, 0.3, dual_clip=3.0).sum().backward()
+    assert ratio.grad is not None and ratio.grad.tolist() == [[0.0, 1.0, -1.0, 0.0, 0.0]]
+
+
+def test_cispo_loss_by_hand() -> None:
+    log_probs = torch.tensor([[-1.0, -1.0, -0.5]], requires_grad=True)
+    ratio = torch.tensor([[6.0, 0.1, 1.0]], requires_grad=True)
+    loss = cispo_loss(log_probs, ratio, torch.tensor([[2.0, 2.0, -1.0]]), 5.0)
+    torch.testing.assert_close(loss, torch.tensor([[10.0, 0.2, -0.5]]))
+    loss.sum().backward()
+    torch.testing.assert_close(log_probs.grad, torch.tensor([[-10.0, -0.2, 1.0]]))
+    assert ratio.grad is None
+
+
+def test_sapo_loss_by_hand() -> None:
+    ratio = torch.tensor([[1.0, 1.0, 2.0, 2.0, 3.0]])
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 0.0]])
+    # 4 * sigmoid(1) = 2.924234 and 4 / 1.05 * sigmoid(1.05) = 2.821999.
+    expected = torch.tensor([[-2.0, 2.0 / 1.05, -2.924234, 2.821999, 0.0]])
+    torch.testing.assert_close(sapo_loss(ratio, advantages), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_policy_every_loss_has_the_gradient_of_reinforce(loss: Any) -> None:
+    log_probs = torch.tensor([[-1.0, -2.0], [-3.0, -0.1]], requires_grad=True)
+    advantages = torch.tensor([[1.0, 1.0], [-2.0, -2.0]])
+    out = policy_loss(
+        log_probs,
+        log_probs.detach(),
+        advantages,
+        torch.ones(2, 2, dtype=torch.bool),
+        loss=loss,
+        ratio_level="token",
+        clip_low=0.2,
+        clip_high=5.0,
+    )
+    out.per_step.sum().backward()
+    torch.testing.assert_close(log_probs.grad, -advantages)
+    assert out.ratio.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_masked_steps_are_ignored_whatever_they_hold(loss: Any, level: Any) -> None:
+    loss_mask = torch.tensor([[True, True, False, False], [False, False, False, False]])
+    arguments = {"loss": loss, "ratio_level": level, "clip_low": 0.2, "clip_high": 0.2}
+    log_probs = torch.tensor([[-1.0, -2.0, -math.inf, math.nan]] * 2, requires_grad=True)
+    old_log_probs = torch.tensor([[-1.1, -1.8, -math.inf, 0.0]] * 2)
+    advantages = torch.tensor([[1.0, 1.0, math.nan, 1.0]] * 2)
+    out = policy_loss(log_probs, old_log_probs, advantages, loss_mask, **arguments)
+    out.per_step.sum().backward()
+    alone = policy_loss(log_probs[:1, :2], old_log_probs[:1, :2], advantages[:1, :2], loss_mask[:1, :2], **arguments)
+    torch.testing.assert_close(out.per_step[:1, :2], alone.per_step)
+    assert out.per_step[~loss_mask].eq(0.0).all() and out.ratio[~loss_mask].eq(1.0).all()
+    assert log_probs.grad is not None and log_probs.grad.isfinite().all() and log_probs.grad[~loss_mask].eq(0.0).all()
+    assert log_probs.grad[0, :2].ne(0.0).all()
+
+
+def test_log_ratios_by_hand() -> None:
+    log_probs, old_log_probs = torch.tensor([[-1.0, -1.0, -9.0]]), torch.tensor([[-1.5, -2.5, 0.0]])
+    loss_mask = torch.tensor([[True, True, False]])
+    assert log_ratios(log_probs, old_log_probs, loss_mask, "token").tolist() == [[0.5, 1.5, 0.0]]
+    assert log_ratios(log_probs, old_log_probs, loss_mask, "sequence").tolist() == [[1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_an_absurd_ratio_stays_finite(level: Any) -> None:
+    log_probs = torch.tensor([[0.0, 0.0]], requires_grad=True)
+    old_log_probs = torch.tensor([[-1000.0, -1000.0]])
+    out = policy_loss(
+        log_probs,
+        old_log_probs,
+        torch.full((1, 2), -1.0),
+        torch.ones(1, 2, dtype=torch.bool),
+        loss="clip",
+        ratio_level=level,
+        clip_low=0.2,
+        clip_high=0.2,
+    )
+    out.per_step.sum().backward()
+    torch.testing.assert_close(out.ratio.detach(), torch.full((1, 2), math.exp(20.0)))
+    assert log_probs.grad is not None and log_probs.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_clip_fractions_by_hand() -> None:
+    ratio = torch.tensor([[0.5, 0.5, 1.5, 1.5, 1.5], [1.0, 1.25, 9.0, 0.1, 1.0]])
+    advantages = torch.tensor([[-1.0, 1.0, -1.0, 1.0, 1.0], [1.0, 1.0, 1.0, -1.0, 0.0]])
+    loss_mask = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    low, high = clip_fractions(ratio, advantages, loss_mask, 0.2, 0.3)
+    assert (float(low), float(high)) == (0.125, 0.375)
+    low, high = clip_fractions(ratio, advantages, torch.zeros_like(loss_mask), 0.2, 0.3)
+    assert (float(low), float(high)) == (0.0, 0.0)
+
+
+def test_unknown_names_are_refused() -> None:
+    matrix, loss_mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="known: clip"):
+        policy_loss(
+            matrix,
+            matrix,
+            matrix,
+            loss_mask,
+            loss="ppo",  # type: ignore[arg-type]
+            ratio_level="token",
+            clip_low=0.2,
+            clip_high=0.2,
+        )
+    with pytest.raises(ValueError, match="known: token"):
+        log_ratios(matrix, matrix, loss_mask, "step")  # type: ignore[arg-type]

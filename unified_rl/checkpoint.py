@@ -1,0 +1,249 @@
+"""Checkpoints that are either complete or not there: `checkpoints/step_000010/{policy/, trainer/, manifest.json}`.
+
+Everything is written into a staging folder; the manifest, with the size and hash of every file, comes last; then one
+rename makes the checkpoint exist. A crash at any point leaves the earlier checkpoints as they were. With several
+machines the run's folder must lie on a file system that they share.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from unified_rl.engine import distributed
+from unified_rl.protocols import Policy
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, incomplete, corrupt, or of another run. The message is one line that names the file."""
+
+
+class TrainedState(Protocol):
+    """What this module needs of an engine."""
+
+    def save(self, directory: Path) -> None: ...
+    def full_weights(self) -> AbstractContextManager[None]: ...
+
+
+def save_checkpoint(
+    run_folder: Path, step: int, *, policy: Policy, engine: TrainedState, state: dict[str, Any], keep: int
+) -> Path:
+    """Write the checkpoint of `step` and prune to the newest `keep`; called by every rank.
+
+    Args:
+        state: what else a resumed run needs, as JSON (the data's position, counters, generators).
+    Returns:
+        The checkpoint's folder.
+    Raises:
+        TypeError: if `state` is not JSON; nothing is written.
+        CheckpointError: on every rank, if rank 0 could not write (its cause is chained there).
+    """
+    final = run_folder / "checkpoints" / f"step_{step:06d}"
+    staging = final.with_name(f".staging_{final.name}")
+    head = {"format": FORMAT, "step": step, "world_size": distributed.world_size(), "state": state}
+    json.dumps(head)
+    _on_main(lambda: _clean_staging(staging), staging)
+    with engine.full_weights():
+        _on_main(lambda: policy.save(staging / "policy"), staging)
+    engine.save(staging / "trainer")
+    distributed.barrier()
+    _on_main(lambda: _publish(staging, final, head, keep), staging)
+    return final
+
+
+def _on_main(action: Callable[[], None], subject: Path) -> None:
+    """Run `action` on rank 0 while the others wait; if it fails, every rank raises, and none waits for ever."""
+    error: Exception | None = None
+    if distributed.is_main():
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    if distributed.broadcast_flag(error is not None):
+        reason = f": {error}" if error else " on rank 0"
+        raise CheckpointError(f"{subject}: could not be written{reason}") from error
+
+
+def _clean_staging(staging: Path) -> None:
+    """An empty staging folder, and no remains of those that a crash left."""
+    for old in staging.parent.glob(".staging_*"):
+        shutil.rmtree(old)
+    (staging / "policy").mkdir(parents=True)
+    (staging / "trainer").mkdir()
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a symbolic link in a checkpoint")
+        if path.is_file():
+            yield path
+
+
+def _sync(path: Path) -> None:
+    """Force a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _publish(staging: Path, final: Path, head: dict[str, Any], keep: int) -> None:
+    entries = []
+    for path in _files_below(staging):
+        _sync(path)
+        relative = path.relative_to(staging).as_posix()
+        entries.append({"path": relative, "size": path.stat().st_size, "sha256": _digest(path)})
+    for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
+        _sync(folder)
+    manifest = staging / MANIFEST
+    manifest.write_text(json.dumps({**head, "files": entries}, indent=1), encoding="utf-8")
+    _sync(manifest)
+    _sync(staging)
+    if final.exists():  # written before the run went back to an earlier checkpoint
+        _remove(final)
+    staging.rename(final)
+    _sync(final.parent)
+    for old in list_checkpoints(final.parent.parent)[:-keep]:
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """The manifest goes first, so that an interrupted removal leaves nothing that looks complete."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def _candidates(run_folder: Path) -> list[Path]:
+    """The folders that look like checkpoints, oldest step first."""
+    found = [path for path in (run_folder / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _inside(checkpoint: Path, relative: Any) -> Path:
+    """The file of a manifest entry.
+
+    Raises:
+        CheckpointError: if the entry leads out of the checkpoint, by its path or by a symbolic link.
+    """
+    path = PurePosixPath(relative) if isinstance(relative, str) and relative else None
+    if path is None or path.is_absolute() or ".." in path.parts or "\\" in relative or "\0" in relative:
+        raise CheckpointError(f"{checkpoint / MANIFEST}: refused the path {relative!r}")
+    file = checkpoint
+    for part in path.parts:
+        file = file / part
+        if file.is_symlink():
+            raise CheckpointError(f"{file}: refused a symbolic link")
+    return file
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a complete checkpoint (every file there with its size; hashes are left to `verify`).
+
+    Raises:
+        CheckpointError: says what is missing or wrong.
+    """
+    path = checkpoint / MANIFEST
+    if path.is_symlink():
+        raise CheckpointError(f"{path}: refused a symbolic link")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {manifest['format']!r}, this version reads {FORMAT}")
+        entries = [(entry["path"], entry["size"], entry["sha256"]) for entry in manifest["files"]]
+        if not isinstance(manifest["state"], dict) or not isinstance(manifest["step"], int):
+            raise CheckpointError(f"{path}: step or state is not readable")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: not there; a checkpoint is a folder such as checkpoints/step_000010") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not readable ({type(error).__name__}: {error})") from error
+    for relative, size, _ in entries:
+        file = _inside(checkpoint, relative)
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {size}")
+    return manifest
+
+
+def verify(path: Path) -> None:
+    """Check a checkpoint to the last byte.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, refused, or not what was written.
+    """
+    for entry in _read_manifest(path)["files"]:
+        file = _inside(path, entry["path"])
+        if _digest(file) != entry["sha256"]:
+            raise CheckpointError(f"{file}: its content is not what was written (sha256 differs)")
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first (sizes checked, hashes not)."""
+    return [path for path in _candidates(run_folder) if _problem(path, _read_manifest) is None]
+
+
+def _problem(path: Path, check: Callable[[Path], object]) -> str | None:
+    """Why `check` refuses a checkpoint; None if it does not."""
+    try:
+        check(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def find_checkpoint(run_folder: Path, resume: str, report: Callable[[str], None] = _log.warning) -> Path | None:
+    """The verified checkpoint to resume from; called by every rank, decided by rank 0.
+
+    Args:
+        resume: "auto": the newest good one; "never": none; else the path of a checkpoint's folder.
+        report: called on rank 0 with one line for each newer checkpoint that "auto" skips.
+    Raises:
+        CheckpointError: on every rank, if a given path is no good checkpoint.
+    """
+    if resume == "never":
+        return None
+    found: Path | None = None
+    error: str | None = None
+    if distributed.is_main() and resume == "auto":
+        for candidate in reversed(_candidates(run_folder)):
+            problem = _problem(candidate, verify)
+            if problem is None:
+                found = candidate
+                break
+            report(f"skipped the checkpoint {candidate.name}: {problem}")
+    elif distributed.is_main():
+        found = Path(resume)
+        error = _problem(found, verify)
+    answer = {"path": str(found) if found else None, "error": error}
+    answer = distributed.gather_objects([answer])[0]
+    if answer["error"]:
+        raise CheckpointError(answer["error"])
+    return Path(answer["path"]) if answer["path"] else None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The `state` that `save_checkpoint` was given.
+
+    Raises:
+        CheckpointError: if the checkpoint is not complete.
+    """
+    return _read_manifest(path)["state"]

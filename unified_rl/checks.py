@@ -1,0 +1,107 @@
+"""Checks across a recipe's blocks and against the files that it names, before a model is loaded; no torch."""
+
+import os
+import re
+from pathlib import Path
+
+from unified_rl.data.sources import check_source
+from unified_rl.recipe import DiffusionSampling, PolicyBlock, Recipe, RecipeError, _nearest
+from unified_rl.rewards import check_rewards
+
+SEGMENTS = {"diffusion": "image", "causal_lm": "text"}
+"""The segment of the trajectories of each family."""
+
+
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Everything that can be known to be wrong before a model is loaded; returns warnings.
+
+    Raises:
+        RecipeError: for the first thing that is wrong.
+    """
+    warnings = _check_model(recipe.policy)
+    _check_policy(recipe)
+    _check_engine(recipe)
+    check_rewards(recipe.rewards)
+    return warnings + _check_data(recipe) + _check_counts(recipe)
+
+
+def _check_model(policy: PolicyBlock) -> list[str]:
+    folder = Path(policy.model)
+    needed = "model_index.json" if policy.family == "diffusion" else "config.json"
+    if folder.is_dir():
+        if not (folder / needed).is_file():
+            raise RecipeError(f"policy.model: {folder} has no {needed}, which a {policy.family} model needs")
+        return []
+    if folder.is_absolute() or policy.model.startswith(".") or policy.model.count("/") > 1:
+        raise RecipeError(f"policy.model: no folder {folder}; give one that save_pretrained wrote, or a hub name")
+    pin = "" if policy.revision else "; pin it with policy.revision"
+    return [f"policy.model: no folder {policy.model} here, so it is taken from the hub{pin}"]
+
+
+def _check_policy(recipe: Recipe) -> None:
+    sampling = recipe.policy.sampling
+    segment = SEGMENTS[recipe.policy.family]
+    for name in recipe.objective:
+        if name not in ("all", segment):
+            hint = _nearest(name, [segment, "all"])
+            raise RecipeError(f"objective.{name}: a {recipe.policy.family} policy has no such segment{hint}")
+    for pattern in recipe.policy.train or []:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RecipeError(f"policy.train: {pattern!r} is no regular expression: {error}") from error
+    if not isinstance(sampling, DiffusionSampling):
+        return
+    if sampling.noise_level == 0:
+        raise RecipeError(
+            "policy.sampling.noise_level: 0 makes every step deterministic, so there is nothing to train; try 0.7"
+        )
+    steps = recipe.objective_for(segment).train_steps
+    if steps is not None and steps > sampling.num_inference_steps:
+        raise RecipeError(
+            f"objective.train_steps: {steps} is more than policy.sampling.num_inference_steps ="
+            f" {sampling.num_inference_steps}"
+        )
+
+
+def _check_engine(recipe: Recipe) -> None:
+    if recipe.engine.backend == "local" and recipe.engine.zero_stage:
+        raise RecipeError(
+            f"engine.zero_stage: {recipe.engine.zero_stage} needs deepspeed; say engine.backend: deepspeed, or auto"
+        )
+
+
+def _check_data(recipe: Recipe) -> list[str]:
+    warnings = []
+    num_rows = check_source(recipe.data.prompts, "data.prompts")
+    if num_rows is not None and num_rows < recipe.prompts_per_step:
+        warnings.append(
+            f"data.prompts: {num_rows} prompts for prompts_per_step = {recipe.prompts_per_step}; they repeat"
+        )
+    if recipe.data.evaluation is None:
+        warnings.append("data.evaluation: not given, so nothing is measured on held-out prompts")
+        return warnings
+    num_rows = check_source(recipe.data.evaluation, "data.evaluation")
+    if num_rows is not None and num_rows < recipe.evaluation.num_prompts:
+        warnings.append(f"data.evaluation: only {num_rows} prompts for num_prompts = {recipe.evaluation.num_prompts}")
+    if os.path.realpath(recipe.data.evaluation) == os.path.realpath(recipe.data.prompts):
+        warnings.append("data.evaluation: the same as data.prompts, so nothing held out is measured")
+    return warnings
+
+
+def _check_counts(recipe: Recipe) -> list[str]:
+    warnings = []
+    per_update = recipe.samples_per_rollout // recipe.minibatches
+    rest = per_update % recipe.engine.micro_batch
+    if rest and per_update > recipe.engine.micro_batch:
+        warnings.append(
+            f"engine.micro_batch: {recipe.engine.micro_batch} does not divide the {per_update} samples of an update;"
+            f" its last window has {rest}"
+        )
+    rest = recipe.num_steps % recipe.updates_per_rollout
+    if rest:
+        warnings.append(
+            f"num_steps: {recipe.num_steps} is no multiple of the {recipe.updates_per_rollout} updates of a rollout;"
+            f" the last rollout is used for {rest}"
+        )
+    return warnings

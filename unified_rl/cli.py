@@ -1,0 +1,185 @@
+"""The command line: `unified-rl train | validate | evaluate | report | list`.
+
+Exit codes: 0 done, 1 failed, 2 the user's recipe or arguments are wrong (one line on standard error), 143 stopped by
+SIGTERM after saving. Nothing heavy is imported before a command is known, so that `--help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from unified_rl.recipe import Recipe
+
+DONE, WRONG, INTERRUPTED = 0, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, as for a wrong recipe."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG, f"error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = _build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse fills `overrides` from one stretch of words only; those after an option are left over
+    if "overrides" in arguments:
+        arguments.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
+        rest = [word for word in rest if word not in arguments.overrides]
+    if rest:
+        parser.error(f"unknown argument {rest[0]}; see unified-rl {arguments.command} --help")
+    from unified_rl.recipe import RecipeError
+
+    try:
+        return COMMANDS[arguments.command](arguments)
+    except RecipeError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return WRONG
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="unified-rl",
+        description="Reinforcement learning for any diffusers pipeline and any transformers generator.",
+        epilog="Start here: unified-rl train quickstart",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train as a recipe says", allow_abbrev=False)
+    _add_recipe(train)
+    train.add_argument("--output", metavar="DIR", type=Path, help="the run's folder (default: runs/<recipe name>)")
+    train.add_argument(
+        "--resume",
+        metavar="auto|never|PATH",
+        default="auto",
+        help="auto: from the newest complete checkpoint in the output folder, if there is one (default)",
+    )
+    train.add_argument(
+        "-n", dest="processes", metavar="PROCESSES", type=_positive, default=1, help="processes to start"
+    )
+    # the deepspeed launcher adds it to every command; ranks come from the environment
+    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+
+    validate = commands.add_parser("validate", help="check a recipe and explain what it will do", allow_abbrev=False)
+    _add_recipe(validate)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="measure base against trained on held-out prompts", allow_abbrev=False
+    )
+    evaluate.add_argument("target", metavar="RUN|RECIPE", help="a run's folder, or a recipe (measures its base model)")
+    _add_overrides(evaluate)
+
+    report = commands.add_parser("report", help="write a run's report.html", allow_abbrev=False)
+    report.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+
+    listing = commands.add_parser("list", help="list what can be named in a recipe", allow_abbrev=False)
+    listing.add_argument("kind", choices=("policies", "rewards", "objectives", "presets", "recipes"))
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", metavar="a.b=value", nargs="*", help="keys of the recipe to change")
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a positive number is needed, not {text!r}")
+    return number
+
+
+def _version() -> str:
+    from unified_rl import __version__
+
+    return f"unified-rl {__version__}"
+
+
+def _checked_recipe(name: str, overrides: list[str]) -> "tuple[Recipe, list[str]]":
+    """The recipe and the warnings about it, after every check that needs no model in memory."""
+    from unified_rl.checks import check_recipe
+    from unified_rl.recipe import load_recipe
+
+    recipe = load_recipe(name, overrides)
+    return recipe, check_recipe(recipe)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    recipe, warnings = _checked_recipe(arguments.recipe, arguments.overrides)
+    from unified_rl.tracking import check_writable
+
+    output: Path = arguments.output or Path("runs") / Path(arguments.recipe).stem
+    check_writable(output)
+    if arguments.processes > 1 and not _launched():
+        from unified_rl.engine.distributed import spawn
+
+        command = ["train", arguments.recipe, *arguments.overrides, "--output", str(output)]
+        return spawn(arguments.processes, [*command, "--resume", arguments.resume])
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        _write_warnings(warnings)
+    from unified_rl.train import train
+
+    return train(recipe, output, resume=arguments.resume)
+
+
+def _launched() -> bool:
+    """Whether torchrun, deepspeed, accelerate, srun or `spawn` started this process as one of several."""
+    in_batch_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
+    return "RANK" in os.environ or ("SLURM_PROCID" in os.environ and not in_batch_script)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    recipe, warnings = _checked_recipe(arguments.recipe, arguments.overrides)
+    from unified_rl.explain import explain
+
+    sys.stdout.write(explain(recipe))
+    sys.stdout.flush()
+    _write_warnings(warnings)
+    return DONE
+
+
+def _write_warnings(warnings: list[str]) -> None:
+    for warning in warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from unified_rl.evaluate import evaluate_command
+
+    return evaluate_command(arguments.target, arguments.overrides)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from unified_rl.report import write_report
+
+    sys.stdout.write(f"{write_report(arguments.run)}\n")
+    return DONE
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from unified_rl.explain import listing
+
+    sys.stdout.write(listing(arguments.kind))
+    return DONE
+
+
+COMMANDS = {"train": _train, "validate": _validate, "evaluate": _evaluate, "report": _report, "list": _list}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Which prompts each rollout and each evaluation gets: a pure function of (seed, index), so that a resumed run goes on
+with exactly the prompts that an uninterrupted one would have seen, whatever the number of processes."""
+
+import functools
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from unified_rl.data.sources import Row, check_source, image_cells, load_rows
+from unified_rl.recipe import RecipeError
+from unified_rl.types import Prompt
+
+__all__ = ["PromptSampler", "check_source", "evaluation_prompts", "load_rows"]
+
+
+class PromptSampler:
+    """The prompts of every rollout. It has no position of its own: rollouts are numbered.
+
+    Epochs are permutations of all rows; laid end to end they are one endless stream, of which rollout `index` takes the
+    next `prompts_per_step` rows, across the end of an epoch too.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, seed: int, group_size: int, prompts_per_step: int) -> None:
+        """
+        Args:
+            rows: as from `load_rows`.
+            seed: of the permutations and of the trajectories' own seeds.
+            group_size: trajectories of one prompt.
+            prompts_per_step: groups of one rollout, over all processes.
+
+        Raises:
+            RecipeError: if there are no rows.
+        """
+        if not rows:
+            raise RecipeError("data.prompts: holds no prompts; give at least one")
+        self._rows = rows
+        self._seed = seed
+        self._group_size = group_size
+        self._prompts_per_step = prompts_per_step
+
+    def rollout(self, index: int, *, rank: int, world_size: int) -> list[Prompt]:
+        """The N = prompts_per_step * group_size / world_size prompts of one rank in rollout `index` (from 0).
+
+        The members of a group follow each other; a rank's share is contiguous and may cut a group. Seeds (63 bits)
+        depend on the run's seed, the rollout and the row, not on the number of processes.
+
+        Raises:
+            RecipeError: if the samples cannot be shared out equally, or a picture cannot be read.
+        """
+        num_samples = self._prompts_per_step * self._group_size
+        if num_samples % world_size:
+            raise RecipeError(
+                f"prompts_per_step: {self._prompts_per_step} prompts x group_size {self._group_size} = {num_samples} "
+                f"samples cannot be shared out over {world_size} processes; make it a multiple"
+            )
+        share = num_samples // world_size
+        pictures: dict[int, tuple[Image.Image, ...]] = {}
+        prompts = []
+        for member in range(rank * share, (rank + 1) * share):
+            group = index * self._prompts_per_step + member // self._group_size
+            row = self._row_at(group)
+            if row not in pictures:
+                pictures[row] = _pictures(self._rows[row], row)
+            seed = _hashed_seed("rollout", self._seed, index, member)
+            prompts.append(_prompt(self._rows[row], pictures[row], group_id=group, seed=seed))
+        return prompts
+
+    def _row_at(self, position: int) -> int:
+        """The row at a position of the endless stream."""
+        epoch, offset = divmod(position, len(self._rows))
+        return _permutation(len(self._rows), self._seed, epoch)[offset]
+
+
+def evaluation_prompts(rows: Sequence[Row], *, num: int, seed: int, rank: int, world_size: int) -> list[Prompt]:
+    """One rank's share of the fixed exam: of the first `num` rows (all, if there are fewer) every `world_size`-th from
+    `rank` on. Shares may differ by one prompt. A prompt's `group_id` is the index of its row, its seed a hash of `seed`
+    and this index.
+
+    Raises:
+        RecipeError: if a picture cannot be read.
+    """
+    prompts = []
+    for index in range(rank, min(num, len(rows)), world_size):
+        pictures = _pictures(rows[index], index)
+        own_seed = _hashed_seed("evaluation", seed, index)
+        prompts.append(_prompt(rows[index], pictures, group_id=index, seed=own_seed))
+    return prompts
+
+
+@functools.lru_cache(maxsize=2)  # a rollout needs at most the end of one epoch and the start of the next, as a rule
+def _permutation(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(num_rows))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def _hashed_seed(*parts: str | int) -> int:
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _pictures(row: Row, index: int) -> tuple[Image.Image, ...]:
+    return tuple(cell.open() for cell in image_cells(row, f"row {index}", Path.cwd()))
+
+
+def _prompt(row: Row, images: tuple[Image.Image, ...], *, group_id: int, seed: int) -> Prompt:
+    columns = {name: value for name, value in row.items() if name not in ("prompt", "image", "images")}
+    return Prompt(text=row["prompt"], images=images, columns=columns, group_id=group_id, seed=seed)

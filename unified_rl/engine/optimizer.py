@@ -1,0 +1,78 @@
+"""What both engines share: AdamW, the learning rate of a step, and one clipped update."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unified_rl.recipe import Optimizer, RecipeError
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters with `requires_grad`, by name, each tied one once.
+
+    Raises:
+        RecipeError: if there are none, or one is not float32.
+    """
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise RecipeError("policy: no parameter requires gradients, so there is nothing to train")
+    for name, parameter in trained.items():
+        if parameter.dtype != torch.float32:
+            # An update of lr 1e-5 is lost in bfloat16's 8 bits: it would train nothing without saying so.
+            raise RecipeError(
+                f"policy.dtype: the trained parameter {name} is {str(parameter.dtype).removeprefix('torch.')}; "
+                "trained weights must be float32 (frozen ones may be smaller: use an adapter)"
+            )
+    return trained
+
+
+def build_optimizer(module: nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, one group, the same weight decay for all of them.
+
+    Raises:
+        RecipeError: see `trained_parameters`.
+    """
+    return torch.optim.AdamW(
+        trained_parameters(module).values(),
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+    )
+
+
+def lr_at(step: int, num_steps: int, optimizer: Optimizer) -> float:
+    """Learning rate of optimiser step `step`, counted from 0, of `num_steps`.
+
+    Warm-up rises linearly and reaches `lr` with step `warmup_steps - 1`; the decay starts behind it and would reach
+    zero at step `num_steps`, the first that is not run.
+    """
+    if step < optimizer.warmup_steps:
+        return optimizer.lr * (step + 1) / optimizer.warmup_steps
+    if optimizer.decay == "none":
+        return optimizer.lr
+    progress = (step - optimizer.warmup_steps) / max(1, num_steps - optimizer.warmup_steps)
+    progress = min(1.0, progress)
+    if optimizer.decay == "linear":
+        return optimizer.lr * (1.0 - progress)
+    return optimizer.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], lr: float, max_norm: float) -> float:
+    """Clip the gradients to `max_norm`, update with `lr`, drop the gradients; returns the norm before clipping.
+
+    A parameter without a gradient counts as one with a zero gradient, as under ZeRO, where it lies in the same flat
+    vector as the others: its moments decay. A non-finite norm skips the update.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

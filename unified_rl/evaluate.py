@@ -1,0 +1,91 @@
+"""The fixed exam: the same held-out prompts with the same seeds, for the base model and along the run."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from unified_rl.checkpoint import find_checkpoint
+from unified_rl.data.prompts import evaluation_prompts
+from unified_rl.data.sources import load_rows
+from unified_rl.engine import distributed
+from unified_rl.policies import build_policy
+from unified_rl.protocols import Console, Policy
+from unified_rl.recipe import Recipe, RecipeError, load_recipe
+from unified_rl.rewards import LoadedReward, load_rewards
+from unified_rl.rollout import Rollout, judge, sample
+from unified_rl.tracking import make_console
+from unified_rl.types import Prompt
+
+
+def load_exam(recipe: Recipe) -> list[Prompt]:
+    """This process's share of the held-out prompts; empty if the recipe has none."""
+    if recipe.data.evaluation is None:
+        return []
+    return evaluation_prompts(
+        load_rows(recipe.data.evaluation, "data.evaluation"),
+        num=recipe.evaluation.num_prompts,
+        seed=recipe.evaluation.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
+def evaluate(
+    policy: Policy, rewards: Sequence[LoadedReward], exam: Sequence[Prompt], recipe: Recipe, console: Console
+) -> tuple[dict[str, float], Rollout]:
+    """Sample and judge the exam; returns the means over all processes, and this process's samples.
+
+    The metrics are `reward`, `rewards/<name>/mean` and `rewards/<name>/std` (over samples, excluded ones left out) and
+    `num_samples`.
+    """
+    batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
+    rollout = judge(rewards, exam, sample(policy, exam, batch=batch, console=console, evaluation=True))
+    columns = {"": rollout.scores.total, **rollout.scores.breakdown}
+    valid = {name: values[~values.isnan()].double() for name, values in columns.items()}
+    moments = [(len(part), float(part.sum()), float(part.square().sum())) for part in valid.values()]
+    totals = distributed.sum_over_ranks([number for moment in moments for number in moment])
+    metrics = {}
+    for index, name in enumerate(columns):
+        count, total, squares = totals[3 * index : 3 * index + 3]
+        mean = total / count if count else float("nan")
+        metrics[f"rewards/{name}/mean" if name else "reward"] = mean
+        if name:
+            metrics[f"rewards/{name}/std"] = max(squares / count - mean**2, 0.0) ** 0.5 if count else float("nan")
+    return {**metrics, "num_samples": distributed.sum_over_ranks([len(exam)])[0]}, rollout
+
+
+def evaluate_command(target: str, overrides: list[str]) -> int:
+    """`unified-rl evaluate RUN|RECIPE`: measure the base model and, for a run, its newest checkpoint; prints a table.
+
+    Raises:
+        RecipeError: if the target is neither, or its recipe names no held-out prompts.
+    """
+    folder = Path(target)
+    is_run = (folder / "recipe.yaml").is_file()
+    recipe = load_recipe(str(folder / "recipe.yaml") if is_run else target, overrides)
+    if recipe.data.evaluation is None:
+        raise RecipeError("data.evaluation: no held-out prompts in this recipe; name some")
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
+    rewards = load_rewards(recipe.rewards)
+    exam = load_exam(recipe)
+    console = make_console()
+    policy = build_policy(recipe, distributed.device())
+    columns = {"base": evaluate(policy, rewards, exam, recipe, console)[0]}
+    checkpoint = find_checkpoint(folder, "auto", console.log) if is_run else None
+    if checkpoint is not None:
+        policy.restore(checkpoint / "policy")
+        columns[checkpoint.name] = evaluate(policy, rewards, exam, recipe, console)[0]
+    sys.stdout.write(_table(columns))
+    return 0
+
+
+def _table(columns: dict[str, dict[str, float]]) -> str:
+    rows = [["", *columns]]
+    for key in next(iter(columns.values())):
+        rows.append([key, *(f"{metrics[key]:.4g}" for metrics in columns.values())])
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,280 @@
+"""What a resolved recipe will do, in words and counts, before any model is loaded; must not import torch."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import yaml
+
+from unified_rl.presets import PRESETS
+from unified_rl.recipe import (
+    RECIPES,
+    SAMPLING,
+    Block,
+    DiffusionSampling,
+    Objective,
+    Recipe,
+)
+from unified_rl.rewards import list_rewards
+from unified_rl.weights import Sizes, measure
+
+_MEANINGS = {
+    "group_std": "reward minus the group's mean, over the group's std",
+    "group_mean": "reward minus the group's mean",
+    "global_std": "reward minus the group's mean, over the std of all samples",
+    "token": "of each step",
+    "sequence": "of the whole sequence (geometric mean)",
+    "clip": "PPO's clipped surrogate",
+    "cispo": "REINFORCE with clipped, detached weights",
+    "sapo": "soft gate in place of the clip",
+    "token_mean": "mean over all steps of the update",
+    "sequence_mean": "mean over sequences of their step means",
+    "sequence_sum": "mean over sequences of their step sums",
+    "constant": "sum over a constant length",
+}
+_POLICIES = {
+    "diffusion": "any diffusers pipeline of the flow-matching or DDPM/DDIM family (a folder with model_index.json)",
+    "causal_lm": "any transformers generator, text or vision-language (a folder with config.json)",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The counts of a run."""
+
+    samples_per_rollout: int
+    updates_per_rollout: int
+    samples_per_update: int
+    num_rollouts: int
+    total_samples: int
+    steps_trained: int
+    """Most steps of one trajectory that an update trains."""
+    windows_per_update: int
+    """Forward and backward passes of one update, over all processes."""
+    num_evaluations: int
+    """The base model's included; 0 without held-out prompts."""
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Count what a run does."""
+    sampling = recipe.policy.sampling
+    per_update = recipe.samples_per_rollout // recipe.minibatches
+    windows = math.ceil(per_update / recipe.engine.micro_batch)
+    num_rollouts = math.ceil(recipe.num_steps / recipe.updates_per_rollout)
+    if isinstance(sampling, DiffusionSampling):
+        steps = recipe.objective_for("image").train_steps or sampling.num_inference_steps
+        windows *= steps  # one forward for each denoising step
+    else:
+        steps = min(recipe.objective_for("text").train_steps or sampling.max_new_tokens, sampling.max_new_tokens)
+    return Plan(
+        samples_per_rollout=recipe.samples_per_rollout,
+        updates_per_rollout=recipe.updates_per_rollout,
+        samples_per_update=per_update,
+        num_rollouts=num_rollouts,
+        total_samples=num_rollouts * recipe.samples_per_rollout,
+        steps_trained=steps,
+        windows_per_update=windows,
+        num_evaluations=1 + math.ceil(recipe.num_steps / recipe.evaluation.every) if recipe.data.evaluation else 0,
+    )
+
+
+def explain(recipe: Recipe) -> str:
+    """A readable summary of a resolved recipe, as aligned plain text."""
+    counts = plan(recipe)
+    sections = [
+        ("policy", _policy_lines(recipe)),
+        ("memory", _memory_lines(recipe)),
+        ("work", _work_lines(recipe, counts)),
+        ("evaluation", _evaluation_lines(recipe, counts)),
+        ("rewards", _reward_lines(recipe)),
+    ]
+    for name, objective in recipe.objective.items():
+        title = "objective" if name == "all" else f"objective of {name}"
+        sections.append((title, _objective_lines(objective, counts)))
+    return "\n".join(_section(title, lines) for title, lines in sections)
+
+
+def listing(kind: str) -> str:
+    """What a recipe can name: "policies", "rewards", "objectives", "presets" or "recipes"."""
+    lines: Sequence[tuple[str, str]]
+    if kind == "policies":
+        lines = [(name, f"{_POLICIES[name]}; sampling: {', '.join(SAMPLING[name].model_fields)}") for name in SAMPLING]
+    elif kind == "rewards":
+        lines = list(list_rewards().items())
+    elif kind == "objectives":
+        lines = _key_lines(Objective)
+    elif kind == "presets":
+        lines = [(name, f"{paper}: {_compact(keys)}") for name, (paper, keys) in PRESETS.items()]
+    else:
+        lines = [
+            (path.stem, _first_comment(path.read_text(encoding="utf-8"))) for path in sorted(RECIPES.glob("*.yaml"))
+        ]
+    return _aligned(lines, indent="")
+
+
+def _policy_lines(recipe: Recipe) -> list[tuple[str, str]]:
+    policy = recipe.policy
+    adapter = policy.adapter
+    if adapter.kind == "lora":
+        targets = "the attention projections" if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+        trained = f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}"
+    else:
+        trained = "full fine-tuning" + (f" of {' | '.join(policy.train)}" if policy.train else "")
+    return [
+        ("model", policy.model + (f" @ {policy.revision}" if policy.revision else "")),
+        ("family", f"{policy.family}, {policy.dtype}"),
+        ("trained", trained),
+        ("sampling", _compact(policy.sampling.model_dump(exclude_none=True))),
+    ]
+
+
+def _memory_lines(recipe: Recipe) -> list[tuple[str, str]]:
+    with_reference = any(objective.kl.coef > 0 for objective in recipe.objective.values())
+    sizes = measure(recipe.policy, with_reference=with_reference)
+    if sizes is None:
+        return [("estimate", "none: there are no safetensors weights here to measure")]
+    lines = [(name, f"{_count(number)} parameters") for name, number in sizes.components.items()]
+    return [*lines, ("trained", f"{_count(sizes.trained)} parameters"), ("estimate", _estimate(sizes))]
+
+
+def _estimate(sizes: Sizes) -> str:
+    parts = {
+        "weights": sizes.weight_bytes,
+        "gradients": sizes.gradient_bytes,
+        "Adam": sizes.optimizer_bytes,
+        "reference copy": sizes.reference_bytes,
+    }
+    shown = " + ".join(f"{name} {_size(number)}" for name, number in parts.items() if number)
+    return f"{_size(sizes.total_bytes)} = {shown}; activations are not counted, ZeRO would share some of it out"
+
+
+def _work_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
+    per_trajectory = "denoising steps" if recipe.policy.family == "diffusion" else "tokens"
+    return [
+        ("rollout", f"{recipe.prompts_per_step} prompts x {recipe.group_size} = {counts.samples_per_rollout} samples"),
+        (
+            "updates",
+            f"{recipe.epochs} epochs x {recipe.minibatches} minibatches = {counts.updates_per_rollout} a rollout",
+        ),
+        ("run", f"{recipe.num_steps} optimiser steps, {counts.num_rollouts} rollouts, {counts.total_samples} samples"),
+        ("trained steps", f"at most {counts.steps_trained} {per_trajectory} of a trajectory in an update"),
+        (
+            "windows",
+            f"{counts.windows_per_update} forward-backward passes an update"
+            f" ({counts.samples_per_update} samples, {recipe.engine.micro_batch} at once)",
+        ),
+        ("optimiser", f"AdamW, {_compact(recipe.optimizer.model_dump())}"),
+        ("engine", f"{recipe.engine.backend}, ZeRO stage {recipe.engine.zero_stage}"),
+        ("checkpoints", f"every {recipe.checkpoint.every} steps, the newest {recipe.checkpoint.keep} are kept"),
+    ]
+
+
+def _evaluation_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
+    evaluation = recipe.evaluation
+    if not counts.num_evaluations:
+        return [("held out", "nothing: data.evaluation is not given")]
+    total = counts.num_evaluations * evaluation.num_prompts
+    lines = [
+        ("held out", f"{evaluation.num_prompts} prompts of {recipe.data.evaluation}"),
+        (
+            "count",
+            f"{counts.num_evaluations} (base, every {evaluation.every} steps, last step) = at most {total} samples,"
+            f" {evaluation.num_saved} saved each time",
+        ),
+    ]
+    return [*lines, ("sampling", _compact(evaluation.sampling))] if evaluation.sampling else lines
+
+
+def _reward_lines(recipe: Recipe) -> list[tuple[str, str]]:
+    return [
+        (
+            reward.name,
+            ("measured, not trained on" if reward.weight == 0 else f"weight {reward.weight:g}")
+            + (f", {_names_only(reward.arguments)}" if reward.arguments else ""),
+        )
+        for reward in recipe.rewards
+    ]
+
+
+def _objective_lines(objective: Objective, counts: Plan) -> list[tuple[str, str]]:
+    preset = objective.preset
+    clip = f", low {objective.clip_low:g}, high {objective.clip_high:g}" if objective.loss != "sapo" else ""
+    extras = {
+        "dual_clip": objective.dual_clip,
+        "delta": objective.delta,
+        "entropy_coef": objective.entropy_coef or None,
+    }
+    clip += "".join(f", {name} {value:g}" for name, value in extras.items() if value is not None)
+    advantage = _meaning(objective.advantage)
+    if objective.advantage_clip is not None:
+        advantage += f", clipped to {objective.advantage_clip:g}"
+    kl = objective.kl
+    lines = [
+        ("preset", f"{preset}: {PRESETS[preset][0]}; keys of the recipe win" if preset else "none"),
+        ("advantage", advantage),
+        ("ratio", _meaning(objective.ratio)),
+        ("loss", _meaning(objective.loss) + clip),
+        ("aggregation", _meaning(objective.aggregation)),
+        ("kl", f"{kl.estimator}, in the loss, coef {kl.coef:g}" if kl.coef else "none (coef 0)"),
+        ("correction", "none: the sampling policy is the trained one"),
+    ]
+    if counts.updates_per_rollout == 1:
+        policy = "every update is on-policy (one a rollout): ratios are 1 and the clip is inactive"
+    else:
+        policy = (
+            f"the first of {counts.updates_per_rollout} updates is on-policy; ratios and the clip act from the second"
+        )
+    return [*lines, ("on-policy", policy)]
+
+
+def _meaning(value: str) -> str:
+    return f"{value} ({_MEANINGS[value]})"
+
+
+def _key_lines(block: type[Block]) -> list[tuple[str, str]]:
+    lines = []
+    for name, field in block.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Block):
+            lines += [(f"{name}.{key}", text) for key, text in _key_lines(field.annotation)]
+            continue
+        choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+        values = f"{' | '.join(choices)}; " if choices else ""
+        about = f"  {inspect.cleandoc(field.description)}" if field.description else ""
+        lines.append((name, f"{values}default {field.default}.{about}"))
+    return lines
+
+
+def _first_comment(text: str) -> str:
+    first = text.partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _names_only(arguments: dict[str, Any]) -> str:
+    """Names of arguments without their values, which may be secrets (an API key)."""
+    return f"arguments {', '.join(arguments)}"
+
+
+def _compact(value: dict[str, Any]) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip()[1:-1]
+
+
+def _count(number: int) -> str:
+    for unit, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return str(number)
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def _section(title: str, lines: Sequence[tuple[str, str]]) -> str:
+    return f"{title}\n{_aligned(lines, indent='  ')}"
+
+
+def _aligned(lines: Sequence[tuple[str, str]], *, indent: str) -> str:
+    width = max((len(name) for name, _ in lines), default=0)
+    return "".join(f"{indent}{name:<{width}}  {text}\n" for name, text in lines)

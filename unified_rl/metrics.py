@@ -1,0 +1,57 @@
+"""Numbers of one optimiser step, summed over windows and processes."""
+
+import resource
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unified_rl.engine import distributed
+
+
+@dataclass(slots=True)
+class StepMetrics:
+    """Sums over trained steps; `reduce` turns them into means over all processes."""
+
+    loss: float = 0.0
+    num_steps: float = 0.0
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    replay_gap: float = 0.0
+
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Add the values [B, s] of the unmasked steps."""
+        self.sums[name] += float(values.detach()[mask].double().sum())
+
+    def reduce(self) -> dict[str, float]:
+        """The step's metrics, equal on every process."""
+        names = sorted(self.sums)
+        loss, num_steps, *totals = distributed.sum_over_ranks(
+            [self.loss, self.num_steps, *(self.sums[name] for name in names)]
+        )
+        means = {name: total / max(num_steps, 1.0) for name, total in zip(names, totals, strict=True)}
+        return {"loss": loss, **means, "replay_gap": distributed.max_over_ranks([self.replay_gap])[0]}
+
+
+def reward_metrics(total: Tensor, breakdown: dict[str, Tensor]) -> dict[str, float]:
+    """Mean and std of the trained reward and the mean of each reward over the samples that they count.
+
+    Args:
+        total, breakdown: [N] of all processes; NaN marks excluded samples.
+    """
+    valid = total[~total.isnan()].double()
+    metrics = {
+        "reward": float(valid.mean()) if len(valid) else float("nan"),
+        "reward_std": float(valid.std()) if len(valid) > 1 else 0.0,
+        "num_excluded": float(total.isnan().sum()),
+    }
+    for name, values in breakdown.items():
+        metrics[f"rewards/{name}/mean"] = float(values.double().nanmean())
+    return metrics
+
+
+def peak_mib() -> float:
+    """Peak memory of this process so far, in MiB: on the device if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

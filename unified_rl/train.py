@@ -1,0 +1,265 @@
+"""The trainer. Read `run_loop` first: it is the whole of it.
+
+    sample -> score -> advantages -> windows of (rows x steps) -> backward -> step -> log -> evaluate -> checkpoint
+
+Nothing here knows what a step of a policy is (a token, a denoising step...), which objective is trained, or how many
+processes there are.
+
+A rollout's prompts, seeds and drawn steps are functions of the recipe's seed and the rollout's number, never of a
+generator's state, so that a resumed run goes on as if it had not stopped. For the same reason checkpoints are written
+between rollouts.
+"""
+
+import random
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from unified_rl.advantages import group_advantages, zero_std_fraction
+from unified_rl.checkpoint import find_checkpoint, load_state, save_checkpoint
+from unified_rl.data.prompts import PromptSampler
+from unified_rl.data.sources import load_rows
+from unified_rl.engine import build_engine, distributed
+from unified_rl.evaluate import evaluate, load_exam
+from unified_rl.metrics import peak_mib, reward_metrics
+from unified_rl.policies import build_policy
+from unified_rl.protocols import Console, Engine, Policy
+from unified_rl.recipe import Recipe, RecipeError
+from unified_rl.rewards import LoadedReward, load_rewards
+from unified_rl.rollout import Rollout, judge, sample, shown
+from unified_rl.tracking import Run, make_console, open_run
+from unified_rl.types import Prompt
+from unified_rl.update import update
+from unified_rl.windows import Window, chosen_steps, cut, make_target, trained_rows
+
+DONE, FAILED, STOPPED = 0, 1, 143
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a run is made of."""
+
+    recipe: Recipe
+    policy: Policy
+    engine: Engine
+    rewards: Sequence[LoadedReward]
+    sampler: PromptSampler
+    exam: Sequence[Prompt]
+    run: Run
+    console: Console
+
+
+def run_loop(parts: Parts, step: int, stop: "StopSignal") -> int:
+    """Train from `step` (optimiser steps, whole rollouts) to the recipe's end; returns the exit code."""
+    recipe, policy, engine = parts.recipe, parts.policy, parts.engine
+    while step < recipe.num_steps and not stop.requested():
+        index = step // recipe.updates_per_rollout
+        rollout, row = collect(parts, index)
+        for number, windows in enumerate(plan_updates(parts, rollout, index)):
+            if step == recipe.num_steps:
+                break
+            started = time.perf_counter()
+            changed = update(policy, engine, windows, first_update=number == 0)
+            step += 1
+            if number == 0:
+                check_replay(recipe, changed["replay_gap"])
+            log_step(parts, step, {**row, **changed}, time.perf_counter() - started)
+            if parts.exam and (step % recipe.evaluation.every == 0 or step == recipe.num_steps):
+                examine(parts, step)
+        if not parts.exam:
+            parts.run.save_samples(step, shown(rollout, recipe.evaluation.num_saved))
+        if is_due(recipe, step) or stop.requested():
+            save_checkpoint(
+                parts.run.path, step, policy=policy, engine=engine, state={"step": step}, keep=recipe.checkpoint.keep
+            )
+    return STOPPED if step < recipe.num_steps else DONE
+
+
+def collect(parts: Parts, index: int) -> tuple[Rollout, dict[str, float]]:
+    """Rollout number `index`, judged, and what it adds to the metrics."""
+    recipe, engine = parts.recipe, parts.engine
+    started = time.perf_counter()
+    prompts = parts.sampler.rollout(index, rank=engine.rank, world_size=engine.world_size)
+    batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
+    trajectory = sample(parts.policy, prompts, batch=batch, console=parts.console)
+    sampled = time.perf_counter()
+    rollout = judge(parts.rewards, prompts, trajectory)
+    total = distributed.gather_rows(rollout.scores.total)
+    breakdown = {name: distributed.gather_rows(values) for name, values in rollout.scores.breakdown.items()}
+    row = {
+        "samples_seen": (index + 1) * recipe.samples_per_rollout,
+        **reward_metrics(total, breakdown),
+        "frac_reward_zero_std": zero_std_fraction(total, distributed.gather_rows(trajectory.group_ids)),
+        "time/rollout": sampled - started,
+        "time/reward": time.perf_counter() - sampled,
+    }
+    return rollout, row
+
+
+def plan_updates(parts: Parts, rollout: Rollout, index: int) -> Iterator[list[Window]]:
+    """The windows of each optimiser step that a rollout is trained for."""
+    recipe, policy, rank = parts.recipe, parts.policy, parts.engine.rank
+    num_rows = len(rollout.prompts)
+    rewards = distributed.gather_rows(rollout.scores.total)
+    group_ids = distributed.gather_rows(rollout.trajectory.group_ids)
+    valid = ~rollout.scores.total.isnan()
+    for number in range(recipe.updates_per_rollout):
+        rows = trained_rows(num_rows, number % recipe.minibatches, recipe.minibatches)
+        windows = []
+        for name, segment in rollout.trajectory.segments.items():
+            objective = recipe.objective_for(name)
+            advantages = group_advantages(
+                rewards, group_ids, normalise=objective.advantage, clip=objective.advantage_clip
+            )[rank * num_rows : (rank + 1) * num_rows]
+            steps = chosen_steps(segment, objective, random.Random(f"{recipe.seed}/{index}/{number}/{name}"))
+            target = make_target(
+                name, segment, objective, advantages, valid, rows=rows, steps=steps, max_steps=policy.max_steps[name]
+            )
+            windows += cut(target, policy, recipe, rows, steps)
+        yield windows
+
+
+def check_replay(recipe: Recipe, gap: float) -> None:
+    """Stop rather than train on wrong ratios.
+
+    Raises:
+        RecipeError: if replay did not give the log-probs of the rollout.
+    """
+    if gap > recipe.max_replay_gap:
+        raise RecipeError(
+            f"max_replay_gap: replay differs from the rollout by {gap:.2e}, more than {recipe.max_replay_gap:.0e}; "
+            f"with policy.dtype {recipe.policy.dtype} try engine.rollout_batch equal to engine.micro_batch, or float32"
+        )
+
+
+def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: float) -> None:
+    """Write and show the metrics of one optimiser step."""
+    recipe = parts.recipe
+    first = (step - 1) % recipe.updates_per_rollout == 0
+    waited = (row["time/rollout"] + row["time/reward"]) if first else 0.0
+    if not first:
+        row = {**row, "time/rollout": 0.0, "time/reward": 0.0, "replay_gap": float("nan")}
+    share = recipe.samples_per_rollout / recipe.updates_per_rollout
+    complete = {
+        "step": step,
+        **row,
+        "time/update": update_seconds,
+        "time/total": waited + update_seconds,
+        "samples_per_second": share / (waited / recipe.updates_per_rollout + update_seconds) if first else float("nan"),
+        "memory/peak_mib": peak_mib(),
+    }
+    if parts.engine.world_size > 1:
+        complete["comm/bytes"] = parts.engine.comm_bytes
+    if not torch.isfinite(torch.tensor(row["grad_norm"])):
+        parts.run.log_event("warning", f"step {step}: gradient norm {row['grad_norm']}, update skipped")
+    parts.run.log_metrics(complete)
+    parts.console.metrics(complete)
+
+
+def examine(parts: Parts, step: int) -> None:
+    """Evaluate on the held-out prompts; write the numbers and samples."""
+    metrics, rollout = evaluate(parts.policy, parts.rewards, parts.exam, parts.recipe, parts.console)
+    parts.run.log_evaluation({"step": step, **metrics})
+    parts.run.save_samples(step, shown(rollout, parts.recipe.evaluation.num_saved))
+    means = [f"{key.split('/')[1]} {value:.3f}" for key, value in metrics.items() if key.endswith("/mean")]
+    parts.console.log(f"held-out at step {step}: {', '.join(means)}")
+
+
+def is_due(recipe: Recipe, step: int) -> bool:
+    """Whether the rollout that ended with `step` crossed a multiple of checkpoint.every, or the end."""
+    before = step - recipe.updates_per_rollout
+    return step == recipe.num_steps or step // recipe.checkpoint.every > before // recipe.checkpoint.every
+
+
+class StopSignal:
+    """SIGTERM asks for a stop; it is granted between rollouts, after a checkpoint, on all processes alike."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def requested(self) -> bool:
+        """Whether any process was asked to stop; called by all."""
+        return distributed.broadcast_flag(self._asked)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        def ask(*_: object) -> None:
+            self._asked = True
+
+        before = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def train(recipe: Recipe, output: Path, *, resume: str) -> int:
+    """Run a recipe in the folder `output`; returns the exit code (0 done, 143 stopped by SIGTERM after saving).
+
+    Args:
+        resume: "auto", "never", or the folder of a checkpoint.
+
+    Raises:
+        RecipeError: for what is wrong with the recipe, its data, rewards or model.
+    """
+    distributed.initialise()
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
+    stop = StopSignal()
+    run = open_run(output, distributed.rank())
+    try:
+        with stop.listening():
+            parts = assemble(recipe, run)
+            return run_loop(parts, start(parts, resume), stop)
+    finally:
+        run.close()
+        distributed.shutdown()
+
+
+def assemble(recipe: Recipe, run: Run) -> Parts:
+    """Load everything that a run needs, cheap things first."""
+    rewards = load_rewards(recipe.rewards)
+    rows = load_rows(recipe.data.prompts, "data.prompts")
+    sampler = PromptSampler(
+        rows, seed=recipe.seed, group_size=recipe.group_size, prompts_per_step=recipe.prompts_per_step
+    )
+    share = len(sampler.rollout(0, rank=distributed.rank(), world_size=distributed.world_size()))
+    if share % recipe.minibatches:
+        raise RecipeError(f"minibatches: {recipe.minibatches} does not divide the {share} samples of each process")
+    exam = load_exam(recipe)
+    torch.manual_seed(recipe.seed)  # adapters are initialised at random
+    policy = build_policy(recipe, distributed.device())
+    return Parts(
+        recipe=recipe,
+        policy=policy,
+        engine=build_engine(policy.module, recipe, num_steps=recipe.num_steps),
+        rewards=rewards,
+        sampler=sampler,
+        exam=exam,
+        run=run,
+        console=make_console(distributed.rank() > 0, recipe.num_steps),
+    )
+
+
+def start(parts: Parts, resume: str) -> int:
+    """Resume from a checkpoint or begin anew; returns the step to go on from."""
+    checkpoint = find_checkpoint(parts.run.path, resume, parts.console.log)
+    step = 0
+    if checkpoint is not None:
+        parts.engine.load(checkpoint / "trainer")
+        step = load_state(checkpoint)["step"]
+        parts.policy.version = step
+        parts.run.log_event("info", f"resumed from {checkpoint.name}")
+        parts.console.log(f"resumed from {checkpoint}")
+        if step >= parts.recipe.num_steps:
+            parts.console.log(f"nothing left to do: the run has its {parts.recipe.num_steps} steps")
+    parts.run.truncate(step if checkpoint is not None else -1)
+    parts.run.write_recipe(parts.recipe)
+    if parts.exam and step == 0:
+        examine(parts, 0)
+    return step
