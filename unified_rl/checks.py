@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from unified_rl.data.sources import check_source
-from unified_rl.recipe import DiffusionSampling, PolicyBlock, Recipe, RecipeError, _nearest
+from unified_rl.recipe import DiffusionSampling, PolicyBlock, Recipe, RecipeError, nearest
 from unified_rl.rewards import check_rewards
 
 SEGMENTS = {"diffusion": "image", "causal_lm": "text"}
@@ -43,8 +43,13 @@ def _check_policy(recipe: Recipe) -> None:
     segment = SEGMENTS[recipe.policy.family]
     for name in recipe.objective:
         if name not in ("all", segment):
-            hint = _nearest(name, [segment, "all"])
+            hint = nearest(name, [segment, "all"])
             raise RecipeError(f"objective.{name}: a {recipe.policy.family} policy has no such segment{hint}")
+    if recipe.policy.dtype != "float32" and recipe.policy.adapter.kind == "none":
+        raise RecipeError(
+            f"policy.dtype: {recipe.policy.dtype} weights cannot be fine-tuned in full, small updates would be lost;"
+            " use float32, or policy.adapter.kind: lora"
+        )
     for pattern in recipe.policy.train or []:
         try:
             re.compile(pattern)

@@ -121,7 +121,8 @@ def _policy_lines(recipe: Recipe) -> list[tuple[str, str]]:
         targets = "the attention projections" if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
         trained = f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}"
     else:
-        trained = "full fine-tuning" + (f" of {' | '.join(policy.train)}" if policy.train else "")
+        default = "" if policy.family == "diffusion" else " without the vision tower, if there is one"
+        trained = "full fine-tuning" + (f" of {' | '.join(policy.train)}" if policy.train else default)
     return [
         ("model", policy.model + (f" @ {policy.revision}" if policy.revision else "")),
         ("family", f"{policy.family}, {policy.dtype}"),

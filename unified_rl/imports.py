@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from unified_rl.recipe import RecipeError, _nearest
+from unified_rl.recipe import RecipeError, nearest
 
 _OWN_SCOPE = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -92,7 +92,7 @@ def _source_of(target: str, attribute: str, where: str) -> Path | None:
         path = Path(target)
         if not path.is_file():
             siblings = sorted(near.name for near in path.parent.glob("*.py"))
-            raise RecipeError(f"{where}: no file {target}{_nearest(path.name, siblings) if siblings else ''}")
+            raise RecipeError(f"{where}: no file {target}{nearest(path.name, siblings) if siblings else ''}")
         return path
     origin = _spec_of(target, attribute, where).origin
     return Path(origin) if origin is not None and origin.endswith(".py") else None
@@ -113,7 +113,7 @@ def _spec_of(module: str, attribute: str, where: str) -> ModuleSpec:
         found = PathFinder.find_spec(f"{spec.name}.{part}", folders) if folders is not None else None
         if found is None:
             inside = sorted(info.name for info in pkgutil.iter_modules(folders)) if folders is not None else []
-            hint = _nearest(part, inside) if inside else ""
+            hint = nearest(part, inside) if inside else ""
             raise RecipeError(f"{where}: {spec.name} has no module {part!r}{hint}")
         spec = found
     return spec
@@ -135,7 +135,7 @@ def _names(node: ast.AST) -> Iterator[str]:
 
 def _no_name(target: str, name: str, names: set[str], where: str) -> RecipeError:
     public = sorted(known for known in names if not known.startswith("_"))
-    return RecipeError(f"{where}: {target} has no {name!r}{_nearest(name, public) if public else ''}")
+    return RecipeError(f"{where}: {target} has no {name!r}{nearest(name, public) if public else ''}")
 
 
 def _load_file(path: Path) -> ModuleType:

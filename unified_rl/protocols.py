@@ -66,8 +66,16 @@ class Engine(Protocol):
     rank: int
     world_size: int
     module: nn.Module
-    lr: float
-    """Learning rate of the next step."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        ...
+
+    @property
+    def comm_bytes(self) -> int:
+        """Bytes that this rank has sent to others for training since the start."""
+        ...
 
     def window(self) -> AbstractContextManager[None]:
         """Surrounds the forward and backward of one window."""
@@ -81,6 +89,10 @@ class Engine(Protocol):
     def step(self) -> float:
         """Clip, update and zero the gradients; returns the global gradient norm before clipping. A non-finite norm
         skips the update on every rank."""
+        ...
+
+    def full_weights(self) -> AbstractContextManager[None]:
+        """Inside it, rank 0 sees whole weights also where they are sharded; called by every rank."""
         ...
 
     def save(self, directory: Path) -> None:

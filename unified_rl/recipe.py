@@ -80,6 +80,9 @@ class PolicyBlock(Block):
     family: Literal["diffusion", "causal_lm"]
     """Found from the model if left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: str | None = None
+    """Attention implementation by the library's own name (transformers: eager, sdpa, flash_attention_2...; diffusers:
+    native, _native_math, flash...). None: the library's choice."""
     adapter: Adapter = Adapter()
     train: list[str] | None = None
     """Regular expressions on parameter names: only matching parameters are trained. None: the family's default."""
@@ -255,7 +258,7 @@ def find_recipe(name: str) -> Path:
         if path.is_file():
             return path.resolve()
     shipped = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
-    raise RecipeError(f"{name}: no such recipe file{_nearest(name, shipped)}")
+    raise RecipeError(f"{name}: no such recipe file{nearest(name, shipped)}")
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
@@ -348,9 +351,7 @@ def _family_of(folder: Path) -> str:
         return "causal_lm"
     if folder.is_absolute() or folder.parts[:1] == (".",):
         raise RecipeError(f"policy.model: {folder} has neither model_index.json (diffusers) nor config.json")
-    raise RecipeError(
-        f"policy.model: {folder} is no folder here; for a hub name, say policy.family: {' or '.join(SAMPLING)}"
-    )
+    raise RecipeError(f"policy.model: no folder {folder}; for a hub name, say policy.family: {' or '.join(SAMPLING)}")
 
 
 def _resolve_objective(raw: Any) -> dict:
@@ -363,7 +364,7 @@ def _resolve_objective(raw: Any) -> dict:
         _check_keys(block, Objective, where)
         preset = block.get("preset")
         if preset is not None and str(preset) not in PRESETS:
-            raise RecipeError(f"{where}preset: no preset {preset!r}{_nearest(str(preset), list(PRESETS))}")
+            raise RecipeError(f"{where}preset: no preset {preset!r}{nearest(str(preset), list(PRESETS))}")
         filled = dict(PRESETS[preset][1]) if preset else {}
         if isinstance(block.get("kl"), dict):
             block = {**block, "kl": {**filled.get("kl", {}), **block["kl"]}}
@@ -377,7 +378,7 @@ def _check_keys(raw: Any, model: type[BaseModel], prefix: str) -> None:
         return
     for key, value in raw.items():
         if key not in model.model_fields:
-            raise RecipeError(f"{prefix}{key}: unknown key{_nearest(str(key), list(model.model_fields))}")
+            raise RecipeError(f"{prefix}{key}: unknown key{nearest(str(key), list(model.model_fields))}")
         annotation = model.model_fields[key].annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             _check_keys(value, annotation, f"{prefix}{key}.")
@@ -386,7 +387,7 @@ def _check_keys(raw: Any, model: type[BaseModel], prefix: str) -> None:
                 _check_keys(item, RewardBlock, f"{prefix}rewards.{index}.")
 
 
-def _nearest(name: str, valid: list[str]) -> str:
+def nearest(name: str, valid: list[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(valid)}"
 

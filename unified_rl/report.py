@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from unified_rl.charts import NUM_COLOURS, Series, line_chart
+from unified_rl.charts import NUM_COLOURS, Point, Series, line_chart
 from unified_rl.plain_text import clean, redact
 from unified_rl.recipe import RecipeError
 from unified_rl.report_style import STYLE
@@ -47,12 +47,14 @@ TRAINING_CHARTS = (
     ),
     ("Gradient norm", ("grad_norm",), "Before clipping."),
     ("Groups without signal", ("frac_reward_zero_std",), "Share of prompts whose samples all got the same reward."),
-    ("Seconds a step", ("time/rollout", "time/reward", "time/update"), "Where the time goes."),
+    ("Seconds", ("time/rollout", "time/reward", "time/update"), "A rollout serves all of its updates."),
     ("Learning rate", ("lr",), ""),
     ("Samples a second", ("samples_per_second",), ""),
     ("Peak memory, MiB", ("memory/peak_mib",), ""),
 )
 """(title, keys of metrics.jsonl, what it tells)."""
+ONCE_A_ROLLOUT = ("replay_gap", "time/rollout", "time/reward", "samples_per_second")
+"""Keys that only the first update of a rollout measures."""
 
 
 def write_report(run: Path) -> Path:
@@ -160,8 +162,12 @@ def _tile(key: str, evaluations: Sequence[Row]) -> str:
     )
 
 
-def _points(rows: Sequence[Row], key: str) -> list[tuple[float, float | None]]:
-    return [(row["step"], row.get(key)) for row in rows]
+def _points(rows: Sequence[Row], key: str) -> list[Point]:
+    points = [(row["step"], row.get(key)) for row in rows]
+    if key not in ONCE_A_ROLLOUT:
+        return points
+    # 0 seconds, or nothing, is written for a rollout's later updates: the line connects the measured ones
+    return [(step, value) for step, value in points if value is not None and (value or key == "replay_gap")]
 
 
 def _evaluation_charts(evaluations: Sequence[Row]) -> str:

@@ -47,7 +47,7 @@ figure svg { display: block; width: 100%; height: auto; margin: 6px 0 4px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12.5px; color: var(--soft); }
 .legend svg { display: inline-block; width: 16px; height: 8px; margin: 0 5px 0 0; }
 .key { stroke-width: 2.5; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 12px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 12px; }
 .cards.single { grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
 .card { padding: 12px; }
 .prompt {

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unified_rl.imports import check_import, load_import, one_line
-from unified_rl.recipe import RecipeError, RewardBlock, _nearest
+from unified_rl.recipe import RecipeError, RewardBlock, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,7 @@ def _reference(name: str, where: str) -> str:
         raise RecipeError(f"{where}: {name} is a file; add the name of its function, as in {name}:reward")
     known = list_rewards()
     if name not in known:
-        raise RecipeError(f"{where}: no reward {name!r}{_nearest(name, list(known))}")
+        raise RecipeError(f"{where}: no reward {name!r}{nearest(name, list(known))}")
     return known[name]
 
 
@@ -160,7 +160,7 @@ def _load_reward(block: RewardBlock, index: int) -> LoadedReward:
     for name in block.arguments:
         if name in ("prompts", "completions") or not _accepts(function, name):
             valid = [known for known in _named(function) if known not in ("prompts", "completions")]
-            hint = _nearest(name, valid) if valid else ""
+            hint = nearest(name, valid) if valid else ""
             raise RecipeError(f"rewards.{index}.arguments.{name}: {block.name} has no such argument{hint}")
     bound = functools.partial(function, **block.arguments)
     return LoadedReward(name=_shown_name(block.name), weight=block.weight, function=bound)

@@ -270,7 +270,10 @@ def metrics_line(row: Mapping[str, float | None], num_steps: int | None) -> str:
     parts = [f"step {step}/{num_steps}" if num_steps else f"step {step}"]
     named = {key.split("/")[1]: value for key, value in row.items() if key.startswith("rewards/")}
     shown = {"reward": row.get("reward"), **(named if len(named) > 1 else {})}
-    shown |= {name: row[name] for name in ("loss", "kl", "entropy", "grad_norm", "replay_gap") if row.get(name)}
+    shown |= {name: row[name] for name in ("loss", "kl", "entropy", "grad_norm") if row.get(name)}
+    gap = row.get("replay_gap")
+    if gap and not math.isnan(gap):  # only the first update of a rollout measures it
+        shown["replay_gap"] = gap
     parts += [f"{name} {value:.3g}" for name, value in shown.items() if value is not None]
     low, high = row.get("clip_fraction/low"), row.get("clip_fraction/high")
     if low or high:
@@ -284,6 +287,8 @@ def metrics_line(row: Mapping[str, float | None], num_steps: int | None) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 

@@ -49,11 +49,12 @@ def window_loss(policy: Policy, window: Window, metrics: StepMetrics, *, first_u
         if objective.entropy_coef > 0:
             per_step = per_step - objective.entropy_coef * stats.entropy.masked_fill(~mask, 0.0)
         metrics.add("entropy", stats.entropy, mask)
-    low, high = clip_fractions(result.ratio, advantages, mask, objective.clip_low, objective.clip_high)
     num_steps = float(mask.sum())
     metrics.num_steps += num_steps
-    metrics.sums["clip_fraction/low"] += float(low) * num_steps
-    metrics.sums["clip_fraction/high"] += float(high) * num_steps
+    if objective.loss == "clip":
+        low, high = clip_fractions(result.ratio, advantages, mask, objective.clip_low, objective.clip_high)
+        metrics.sums["clip_fraction/low"] += float(low) * num_steps
+        metrics.sums["clip_fraction/high"] += float(high) * num_steps
     metrics.add("ratio/mean", result.ratio, mask)
     if first_update and num_steps:
         gap = (stats.log_probs.detach() - rollout_log_probs).abs()[mask].max()

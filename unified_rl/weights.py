@@ -7,16 +7,18 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from unified_rl.recipe import PolicyBlock
+from unified_rl.recipe import PolicyBlock, RecipeError
 
 DENOISERS = ("transformer", "unet", "prior")
 """Folders of a diffusers pipeline that hold what is trained; the first one that exists."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _MAX_HEADER = 100_000_000  # the format's own limit
+# these two say what policies/lora.py and policies/causal_lm.py do, which cannot be imported without torch
 _ATTENTION = re.compile(
-    r"(?:^|\.)(?:to_[qkv]|to_out\.0|to_add_out|add_[qkv]_proj|[qkvo]_proj|out_proj|qkv|c_attn|query_key_value)\.weight$"
+    r"(?:^|[._])(?:to_[qkv]|to_out\.0|to_add_out|add_[qkv]_proj|[qkvo]_proj|out_proj|qkv_proj|qkv|query|key|value|c_attn)$"
 )
+_VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder)\.")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -30,7 +32,7 @@ class Sizes:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    """Adam's two moments in float32, and the float32 copy of weights that are trained in less."""
+    """Adam's two moments in float32."""
     reference_bytes: int
 
     @property
@@ -52,14 +54,13 @@ def measure(policy: PolicyBlock, *, with_reference: bool) -> Sizes | None:
     counts = {name: sum(map(math.prod, shapes.values())) for name, shapes in components.items()}
     full = policy.adapter.kind == "none"
     trained = _count_trained(policy, trainable)
-    narrow = full and policy.dtype != "float32"
     weights = sum(counts.values()) * BYTES[policy.dtype] + (0 if full else 4 * trained)
     return Sizes(
         components=counts,
         trained=trained,
         weight_bytes=weights,
         gradient_bytes=4 * trained,
-        optimizer_bytes=(12 if narrow else 8) * trained,
+        optimizer_bytes=8 * trained,
         reference_bytes=sum(map(math.prod, trainable.values())) * BYTES[policy.dtype] if full and with_reference else 0,
     )
 
@@ -92,29 +93,31 @@ def _read_header(file: Path) -> Shapes:
     """The format: 8 bytes of little-endian length, then that many bytes of JSON.
 
     Raises:
-        ValueError: if the file is damaged.
+        RecipeError: if the file is missing, cut off, or no safetensors file (a Git LFS pointer, for instance).
     """
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
-        if length > _MAX_HEADER:
-            raise ValueError(f"{file} is not a safetensors file")
-        header = json.loads(stream.read(length))
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, _MAX_HEADER)))
+    except (OSError, struct.error, ValueError) as error:
+        raise RecipeError(f"policy.model: {file} is no safetensors file ({error}); download it again") from error
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
 def _count_trained(policy: PolicyBlock, shapes: Shapes) -> int:
-    if policy.adapter.kind == "lora":
-        adapted = [shape for name, shape in shapes.items() if _is_target(name, policy.adapter.targets)]
-        return sum(policy.adapter.rank * (shape[0] + shape[1]) for shape in adapted if len(shape) == 2)
-    patterns = policy.train
-    if patterns is None:
-        return sum(map(math.prod, shapes.values()))
-    chosen = (shape for name, shape in shapes.items() if any(re.search(pattern, name) for pattern in patterns))
-    return sum(map(math.prod, chosen))
+    adapter, patterns = policy.adapter, policy.train
+    if policy.family == "causal_lm" and (patterns is None or adapter.kind == "lora"):
+        shapes = {name: shape for name, shape in shapes.items() if not _VISION.search(name)}
+    if adapter.kind == "lora":
+        adapted = [shape for name, shape in shapes.items() if len(shape) == 2 and _is_target(name, adapter.targets)]
+        return sum(adapter.rank * (rows + columns) for rows, columns in adapted)
+    if patterns is not None:
+        shapes = {name: shape for name, shape in shapes.items() if any(re.search(one, name) for one in patterns)}
+    return sum(map(math.prod, shapes.values()))
 
 
 def _is_target(name: str, targets: list[str] | str) -> bool:
+    layer = name.removesuffix(".weight")
     if isinstance(targets, str):
-        return _ATTENTION.search(name) is not None
-    return any(f".{name}".endswith(f".{target}.weight") for target in targets)
+        return _ATTENTION.search(layer) is not None
+    return any(layer == target or layer.endswith(f".{target}") for target in targets)

@@ -19,25 +19,29 @@ from unified_rl.recipe import EngineBlock, Optimizer
 NUM_RANKS = 2
 NUM_STEPS = 3
 ROWS = 24
-NORM_LIMIT = 2.5
+NORM_LIMIT = 2.9
 """Between the gradient norms of the steps: some are clipped, some are not."""
 STAGES = ["0", "1", "2", "3", "3-sharded"]
+UNEVEN_STAGES = ["0", "1"]
+"""Where ranks may use different parameters."""
 SPLITS = {"one": (1, 1, 1), "three": (3, 3, 3), "mixed": (3, 1, 2)}
 """Windows a rank, by optimiser step."""
 
 
 class Net(nn.Module):
-    """An MLP with a frozen layer, a branch that some windows leave out, and a layer that is never used."""
+    """An MLP with a frozen layer, trained and frozen scalars, a branch that some windows leave out, and a layer that
+    is never used."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.first, self.last, self.branch = nn.Linear(8, 33), nn.Linear(33, 8), nn.Linear(8, 8)
         self.unused, self.frozen = nn.Linear(3, 3), nn.Linear(8, 8)
+        self.scale, self.shift = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.5), requires_grad=False)
         self.frozen.requires_grad_(False)
 
     def forward(self, x: Tensor, branch: bool) -> Tensor:
-        y = self.last(torch.tanh(self.first(x))) + self.frozen(x)
+        y = self.last(torch.tanh(self.first(x))) * self.scale + self.frozen(x) + self.shift
         return y + self.branch(x) if branch else y
 
 
@@ -48,23 +52,27 @@ def recipe(backend: str, stage: str) -> SimpleNamespace:
     return SimpleNamespace(optimizer=optimizer, engine=EngineBlock(backend=backend, zero_stage=int(stage[0])))
 
 
-def windows(step: int, num_windows: int, skipping: bool) -> list[list[tuple[Tensor, Tensor, bool]]]:
+def windows(step: int, num_windows: int, skipping: str) -> list[list[tuple[Tensor, Tensor, bool]]]:
     """Per rank, the windows of a step: x [rows, 8], y [rows, 8], whether the branch is used.
 
-    With `skipping`, step 1 does not use the branch at all, and step 2 not in its first window.
+    Skipping "none": always used; "alike": not in step 1, and in step 2 not in the first window; "last rank": not there.
     """
     generator = torch.Generator().manual_seed(step)
     rows = torch.randn(2, ROWS, 8, generator=generator)
     plan = []
-    for part in rows.chunk(NUM_RANKS, dim=1):
+    for rank, part in enumerate(rows.chunk(NUM_RANKS, dim=1)):
         pieces = part.chunk(num_windows, dim=1)
-        used = [not skipping or step == 0 or (step == 2 and index > 0) for index in range(num_windows)]
+        used = {
+            "none": [True] * num_windows,
+            "alike": [step == 0 or (step == 2 and index > 0) for index in range(num_windows)],
+            "last rank": [rank != NUM_RANKS - 1] * num_windows,
+        }[skipping]
         plan.append([(x, y, use) for (x, y), use in zip(pieces, used, strict=True)])
     return plan
 
 
 def train(
-    module: Net, engine, split: tuple[int, ...], ranks: range, *, skipping=True, bad_step=None
+    module: Net, engine, split: tuple[int, ...], ranks: range, *, skipping="alike", bad_step=None
 ) -> Iterator[float]:
     """Train on the windows of `ranks`; yields the norm after each step. In `bad_step` the last rank's loss is NaN."""
     for step, num_windows in enumerate(split):
@@ -98,8 +106,12 @@ def settings() -> dict:
                 norms = list(train(module, engine, split, ranks))
                 results[stage, name] = {"weights": weights(module, engine), "norms": norms, "bytes": engine.comm_bytes}
             module, engine = build(stage)
-            norms = list(train(module, engine, SPLITS["three"], ranks, skipping=False))
+            norms = list(train(module, engine, SPLITS["three"], ranks, skipping="none"))
             results[stage, "resplit"] = {"weights": weights(module, engine), "norms": norms}
+            if stage in UNEVEN_STAGES:
+                module, engine = build(stage)
+                norms = list(train(module, engine, SPLITS["mixed"], ranks, skipping="last rank"))
+                results[stage, "uneven"] = {"weights": weights(module, engine), "norms": norms}
             module, engine = build(stage)
             norms = list(train(module, engine, SPLITS["mixed"], ranks, bad_step=1))
             norms = distributed.gather_objects([[str(norm) for norm in norms]])
@@ -138,7 +150,7 @@ def resumed(stage: str, ranks: range) -> dict:
         copy_frozen(module, stage)
         engine.load(shared / "trainer")
         lr = engine.lr
-        plan = windows(2, SPLITS["mixed"][2], True)
+        plan = windows(2, SPLITS["mixed"][2], "alike")
         for x, y, use in plan[ranks[0]]:
             with engine.window():
                 engine.backward(3.0 * (module(x, use) - y).pow(2).sum() / (ROWS * 8))

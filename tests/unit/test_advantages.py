@@ -52,6 +52,7 @@ def test_excluded_samples_enter_no_statistic(normalise: Normalise) -> None:
         [0.0, 0.0, 0.0],
         [-3.7, -3.7, -3.7],
         [0.3, 0.30000001192092896, 0.30000004172325134],  # neighbouring float32 numbers
+        [-0.3, -0.30000004172325134],
         [1e8, 1e8, 1e8 + 8],
         [1e-9, 1e-9],
     ],

@@ -74,6 +74,21 @@ def test_good_samples_attract_and_bad_ones_repel(reward: float, direction: float
     torch.testing.assert_close(cosine, torch.full((2,), direction))
 
 
+def test_gradients_flow_into_the_trained_velocity_only() -> None:
+    velocity, old_velocity, ref_velocity = (torch.full((1, 4), value, requires_grad=True) for value in (1.0, 2.0, 3.0))
+    loss = nft_loss(
+        velocity,
+        old_velocity,
+        clean=torch.zeros(1, 4),
+        noise=torch.ones(1, 4),
+        timestep=torch.tensor([0.5]),
+        rewards=torch.tensor([0.7]),
+        mix_coef=0.5,
+    )
+    (loss + velocity_distance(velocity, ref_velocity)).sum().backward()
+    assert velocity.grad is not None and old_velocity.grad is None and ref_velocity.grad is None
+
+
 def test_a_perfect_prediction_is_finite() -> None:
     clean, noise = torch.zeros(1, 4), torch.ones(1, 4)
     velocity = (noise - clean).requires_grad_()

@@ -148,11 +148,49 @@ def test_masked_steps_are_ignored_whatever_they_hold(loss: Any, level: Any) -> N
     assert log_probs.grad[0, :2].ne(0.0).all()
 
 
+def test_a_new_loss_need_not_care_about_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "new", lambda terms: 1.0 + terms.log_probs.square() * terms.ratio)
+    log_probs = torch.tensor([[-1.0, math.nan, -math.inf]], requires_grad=True)
+    out = policy_loss(
+        log_probs,
+        torch.tensor([[-1.0, math.inf, -math.inf]]),
+        torch.ones(1, 3),
+        torch.tensor([[True, False, False]]),
+        loss="new",  # type: ignore[arg-type]
+        ratio_level="token",
+        clip_low=0.2,
+        clip_high=0.2,
+    )
+    out.per_step.sum().backward()
+    assert out.per_step.tolist() == [[2.0, 0.0, 0.0]]
+    assert log_probs.grad is not None and log_probs.grad.tolist() == [[-1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_flow_into_log_probs_only(loss: Any) -> None:
+    log_probs, old_log_probs, advantages = (
+        torch.full((1, 2), value, requires_grad=True) for value in (-1.0, -1.1, 2.0)
+    )
+    out = policy_loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        torch.ones(1, 2, dtype=torch.bool),
+        loss=loss,
+        ratio_level="token",
+        clip_low=0.2,
+        clip_high=5.0,
+    )
+    out.per_step.sum().backward()
+    assert log_probs.grad is not None and old_log_probs.grad is None and advantages.grad is None
+
+
 def test_log_ratios_by_hand() -> None:
     log_probs, old_log_probs = torch.tensor([[-1.0, -1.0, -9.0]]), torch.tensor([[-1.5, -2.5, 0.0]])
     loss_mask = torch.tensor([[True, True, False]])
     assert log_ratios(log_probs, old_log_probs, loss_mask, "token").tolist() == [[0.5, 1.5, 0.0]]
     assert log_ratios(log_probs, old_log_probs, loss_mask, "sequence").tolist() == [[1.0, 1.0, 1.0]]
+    assert log_ratios(log_probs, old_log_probs, loss_mask & False, "sequence").tolist() == [[0.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -64,11 +64,11 @@ def metrics_row(step: int) -> dict:
         "entropy": math.nan if step == 3 else 1.0 / step,
         "clip_fraction/low": 0.05,
         "clip_fraction/high": 0.08,
-        "replay_gap": 3e-7,
+        "replay_gap": 3e-7 if step % 2 else math.nan,
         "grad_norm": 1.0 / step,
         "lr": 3e-4,
-        "time/rollout": 1.2,
-        "time/reward": 0.1,
+        "time/rollout": 1.2 if step % 2 else 0.0,
+        "time/reward": 0.1 if step % 2 else 0.0,
         "time/update": 2.1,
         "time/total": 3.4,
     }
@@ -101,6 +101,13 @@ def test_report_shows_numbers_curves_pictures(tmp_path):
     assert "3 samples were excluded" in text
     assert "Always zero in this run: KL from the reference" in text
     assert 'class="band s0"' in text
+
+
+def test_what_a_rollout_measures_once_is_one_line(tmp_path):
+    text = write_report(make_run(tmp_path / "run").path).read_text(encoding="utf-8")
+    for title in ("Replay gap", "Seconds"):
+        path = text.split(f"<h3>{title}</h3>")[1].split('class="line s0" d="')[1].split('"')[0]
+        assert path.count("M") == 1 and path.count("L") == NUM_STEPS / 2 - 1
 
 
 def test_report_asks_for_nothing_and_runs_nothing(tmp_path):

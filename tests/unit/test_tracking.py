@@ -142,10 +142,15 @@ def test_unwritable_output_is_the_users_error(tmp_path, place):
 def test_metrics_line_is_compact():
     row = {"step": 12, "reward": 0.0, "rewards/a/mean": 0.25, "rewards/b/mean": 0.5, "kl": 0.0, "grad_norm": 1.5}
     row |= {"clip_fraction/low": 0.1, "clip_fraction/high": 0.2, "time/total": 2.34, "entropy": math.nan}
+    row["replay_gap"] = math.nan
     assert metrics_line(row, 60) == (
         "step 12/60  reward 0  a 0.25  b 0.5  entropy nan  grad_norm 1.5  clipped 10%/20%  2.3 s/step  2 min left"
     )
     assert metrics_line({"step": 1, "reward": None}, None) == "step 1"
+    assert metrics_line({"step": 1, "replay_gap": 1e-6, "time/total": 10.0}, 3).endswith(
+        "1e-06  10.0 s/step  20 s left"
+    )
+    assert metrics_line({"step": 1, "time/total": 3600.0}, 3).endswith("2 h 0 min left")
 
 
 def test_console_strips_terminal_tricks_and_secrets(capsys, monkeypatch):

@@ -5,7 +5,8 @@ in advance. So DeepSpeed runs with `managed_gradient_accumulation: false`: `back
 `step` is the boundary. What had to be neutralised or worked around (DeepSpeed 0.19.8) is said where it is done.
 
 The processes must build the same graph in the same window (the same parameters used, in the same order): from stage 2
-on, gradients are exchanged while backward runs. Parameters may go unused in any window or step, on all ranks alike.
+on, gradients are exchanged while backward runs. Parameters may go unused in any window or step: at stages 0 and 1 on
+any rank, from stage 2 on by all ranks alike.
 """
 
 import json
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -63,10 +65,25 @@ def _config(zero_stage: int, max_grad_norm: float) -> dict[str, Any]:
 
 
 def _process_group() -> None:
-    """DeepSpeed needs a process group even for one process."""
+    """DeepSpeed needs a process group and a launcher's variable even for one process."""
+    os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))
     if not dist.is_initialized():
         backend = "nccl" if distributed.device().type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+@contextmanager
+def _scalars_as_vectors(module: nn.Module, sharded: bool) -> Iterator[None]:
+    """Inside it, parameters without dimensions (a logit scale) have one: DeepSpeed cannot broadcast them otherwise."""
+    scalars: list[Any] = [parameter for parameter in module.parameters() if parameter.dim() == 0]
+    for parameter in scalars:
+        parameter.data = parameter.data.view(1)
+    yield
+    for parameter in scalars:
+        if sharded:
+            parameter.ds_shape = torch.Size()  # the shape that it takes whenever it is gathered
+        else:
+            parameter.data = parameter.data.view(())
 
 
 class DeepSpeedEngine:
@@ -83,9 +100,10 @@ class DeepSpeedEngine:
         self._trained = list(trained_parameters(module).values())
         self._trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._trained)
         self._adam = build_optimizer(module, optimizer)
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=module, optimizer=self._adam, config=_config(zero_stage, optimizer.max_grad_norm)
-        )
+        with _scalars_as_vectors(module, sharded=zero_stage == 3):
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                model=module, optimizer=self._adam, config=_config(zero_stage, optimizer.max_grad_norm)
+            )
         self.module = module
         self._comm_bytes = 0.0
         if zero_stage == 3:
@@ -99,13 +117,9 @@ class DeepSpeedEngine:
     def window(self) -> Iterator[None]:
         """Surrounds the forward and backward of one window."""
         if self._stage:
-            # What `engine.forward` does and a direct call of the module does not; without it stage 3 overwrites the
-            # gradients of earlier windows.
+            # What `engine.forward` does and a direct call of the module does not. Without it stage 3 takes every window
+            # for the first one of its step and overwrites the gradients of the earlier ones.
             self._zero.clear_backward_seen_flag()
-        if self._stage == 3:
-            # Always add: in its first window after a step DeepSpeed copies, so a parameter that this window does not
-            # use would keep its gradient of the step before. `step` zeroes the buffer instead.
-            self._zero.micro_step_id = 1
         yield
 
     def backward(self, loss: Tensor) -> None:
@@ -114,7 +128,7 @@ class DeepSpeedEngine:
         if self._stage == 2:
             self._count(2 * self._trained_bytes)
         elif self._stage == 3:
-            self._count(self._trained_bytes + self._gathered_bytes)
+            self._count(self._trained_bytes + self._bytes_of_whole(False))
 
     def step(self) -> float:
         """Clip, update, zero; returns the global gradient norm before clipping, non-finite if all ranks skipped.
@@ -127,6 +141,8 @@ class DeepSpeedEngine:
             self._count(2 * self._trained_bytes)
         if self._stage in (1, 2) and math.isfinite(norm):
             self._count(self._trained_bytes)
+        if self._stage == 3:
+            self._count(2 * self._bytes_of_whole(True))
         return norm
 
     def _plain_step(self) -> float:
@@ -137,10 +153,16 @@ class DeepSpeedEngine:
     def _sharded_step(self) -> float:
         for group in self._zero.param_groups:
             group["lr"] = self.lr
+        if self._stage == 1:
+            # Stage 1 leaves out what has no gradient; left out on one rank only, the ranks' buckets would not match.
+            for parameter in self._trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         self._engine.step()
         if self._stage == 3:
+            # A parameter that the next step's first window does not use would keep its gradient of this step.
             self._zero.grad_partitions_flat_buffer.zero_()
-        return math.inf if self._zero.overflow else float(self._zero._global_grad_norm)
+        return float(self._engine.get_global_grad_norm())
 
     @property
     def comm_bytes(self) -> int:
@@ -152,9 +174,10 @@ class DeepSpeedEngine:
         - stage 0: 2 P (w-1)/w a step (all-reduce of the gradients);
         - stage 1: 3 P (w-1)/w a step (all-reduce, which is what DeepSpeed runs here; all-gather of the parameters);
         - stage 2: 2 P (w-1)/w a window and P (w-1)/w a step;
-        - stage 3: P (w-1)/w a window (reduce-scatter) and, with A bytes of parameters that are not kept whole, frozen
-          ones included, A (w-1)/w for every forward, of a rollout too, and for every backward. An upper bound, because
-          DeepSpeed keeps parameters that it will use again soon.
+        - stage 3: P (w-1)/w a window (reduce-scatter); with A bytes of sharded parameters, frozen ones included,
+          A (w-1)/w for every forward, of a rollout too, and for every backward, which is an upper bound, because
+          DeepSpeed keeps parameters that it will use again soon; 2 K (w-1)/w a step for K bytes of small parameters
+          that are kept whole between steps.
 
         Norms and flags, some bytes a step, are left out, and so are the buckets' paddings.
         """
@@ -163,13 +186,13 @@ class DeepSpeedEngine:
     def _count(self, payload_bytes: int) -> None:
         self._comm_bytes += payload_bytes * (self.world_size - 1) / self.world_size
 
-    @property
-    def _gathered_bytes(self) -> int:
+    def _bytes_of_whole(self, whole: bool) -> int:
+        """Stage 3: bytes of the parameters that each rank keeps whole, or of the others."""
         parameters: Iterable[Any] = self.module.parameters()
-        return sum(p.ds_numel * p.element_size() for p in parameters if not p.ds_persist)
+        return sum(p.ds_numel * p.element_size() for p in parameters if p.ds_persist == whole)
 
     def _count_gather(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-        self._count(self._gathered_bytes)
+        self._count(self._bytes_of_whole(False))
 
     @contextmanager
     def full_weights(self) -> Iterator[None]:

@@ -114,8 +114,7 @@ def log_ratios(log_probs: Tensor, old_log_probs: Tensor, loss_mask: Tensor, leve
     shape = log_probs.shape
     assert log_probs.ndim == 2 and old_log_probs.shape == shape, f"{tuple(shape)} and {tuple(old_log_probs.shape)}"
     assert loss_mask.shape == shape and loss_mask.dtype == torch.bool, "loss_mask must be a boolean [B, S]"
-    # Both are filled before the difference: -inf - -inf at a masked step would poison the gradient.
-    log_ratio = log_probs.masked_fill(~loss_mask, 0.0) - old_log_probs.detach().masked_fill(~loss_mask, 0.0)
+    log_ratio = (log_probs - old_log_probs.detach()).masked_fill(~loss_mask, 0.0)
     if level == "sequence":
         num_steps = loss_mask.sum(1, keepdim=True).clamp(min=1)
         log_ratio = (log_ratio.sum(1, keepdim=True) / num_steps).expand(shape)

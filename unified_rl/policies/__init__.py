@@ -14,23 +14,25 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
 
     Raises:
         RecipeError: if the model cannot be read, or the adapter matches nothing.
-        UnsupportedPipeline: if a pipeline cannot be replayed exactly.
+        UnsupportedPipelineError: if a pipeline cannot be replayed exactly.
     """
-    from unified_rl.recipe import SAMPLING, RecipeError
+    from unified_rl.recipe import DiffusionSampling, RecipeError, TextSampling
 
+    _quiet_libraries()
     block = recipe.policy
-    evaluation = SAMPLING[block.family].model_validate({**block.sampling.model_dump(), **recipe.evaluation.sampling})
+    settings = {**block.sampling.model_dump(), **recipe.evaluation.sampling}
     with_reference = any(objective.kl.coef > 0 for objective in recipe.objective.values())
     try:
         if block.family == "diffusion":
             from unified_rl.policies.diffusion import DiffusionPolicy
 
-            return DiffusionPolicy.load(block, evaluation=evaluation, with_reference=with_reference, device=device)
+            still = DiffusionSampling.model_validate(settings)
+            return DiffusionPolicy.load(block, evaluation=still, with_reference=with_reference, device=device)
         from unified_rl.policies.causal_lm import CausalLMPolicy
 
         return CausalLMPolicy.load(
             block,
-            evaluation=evaluation,
+            evaluation=TextSampling.model_validate(settings),
             with_reference=with_reference,
             entropy_gradient=any(objective.entropy_coef > 0 for objective in recipe.objective.values()),
             device=device,
@@ -38,3 +40,18 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
     except OSError as error:  # what both libraries raise for a missing or unreadable checkpoint
         reason = " ".join(str(error).split())
         raise RecipeError(f"policy.model: {block.model} cannot be loaded: {reason}") from error
+
+
+def _quiet_libraries() -> None:
+    """Keep loading bars and advice out of the run's console; errors are raised all the same."""
+    import os
+
+    import diffusers.utils.logging
+    import torch
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    # transformers imports deepspeed when it saves; said here, it does not look for an accelerator and warn.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -93,7 +93,7 @@ class CausalLMPolicy:
         """
         assert isinstance(block.sampling, TextSampling)
         self.version = 0
-        self.max_steps = {SEGMENT: block.sampling.max_new_tokens}
+        self.max_steps: Mapping[str, int] = {SEGMENT: block.sampling.max_new_tokens}
         self._processor = processor
         is_tokenizer = isinstance(processor, PreTrainedTokenizerBase)
         self._tokenizer: PreTrainedTokenizerBase = processor if is_tokenizer else processor.tokenizer
@@ -109,7 +109,7 @@ class CausalLMPolicy:
         # top-k...): those would change the distribution behind the recipe's back.
         model.generation_config = GenerationConfig(eos_token_id=self._end_ids, pad_token_id=self._pad_id)
         model.requires_grad_(False).eval()
-        self.module: nn.Module = model
+        self.module: Any = model
         self._reference: nn.Module | None = None
         if block.adapter.kind == "lora":
             model.add_adapter(lora_config(model, block.adapter, exclude=VISION))
@@ -134,8 +134,11 @@ class CausalLMPolicy:
         """Load a model and its processor from a folder or the hub; never runs remote code."""
         config = AutoConfig.from_pretrained(block.model, revision=block.revision)
         multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-        model = loader.from_pretrained(block.model, revision=block.revision, dtype=getattr(torch, block.dtype))
+        loader: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        attention = {} if block.attention is None else {"attn_implementation": block.attention}
+        model = loader.from_pretrained(
+            block.model, revision=block.revision, dtype=getattr(torch, block.dtype), **attention
+        )
         processor = AutoProcessor.from_pretrained(block.model, revision=block.revision)
         return cls(
             model.to(device),
@@ -169,7 +172,7 @@ class CausalLMPolicy:
             loss_mask=mask,
             turn_ids=torch.zeros(mask.shape, dtype=torch.int64),
         )
-        texts = [self._tokenizer.decode(row, skip_special_tokens=True) for row in segment.actions["tokens"]]
+        texts = [str(self._tokenizer.decode(row, skip_special_tokens=True)) for row in segment.actions["tokens"]]
         return Trajectory(
             group_ids=torch.tensor([prompt.group_id for prompt in prompts]),
             segments={SEGMENT: segment},
@@ -251,10 +254,11 @@ class CausalLMPolicy:
             extra["position_ids"] = model._prepare_position_ids_for_generation(
                 input_ids, {"input_ids": input_ids, **extra}
             )
+        keep = {}
         if "logits_to_keep" in accepted:
-            extra["logits_to_keep"] = num_steps + 1
+            keep = {"logits_to_keep": num_steps + 1}
         prepared = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, use_cache=False, **extra)
-        logits = model(**prepared, return_dict=True).logits
+        logits = model(**prepared, **keep, return_dict=True).logits
         return logits[:, -(num_steps + 1) : -1].float()
 
     def _processors(self, settings: TextSampling) -> list[LogitsProcessor]:

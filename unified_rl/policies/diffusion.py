@@ -11,7 +11,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from unified_rl.policies.scheduler_head import (
     ReplayPass,
     SamplePass,
     SchedulerHead,
-    UnsupportedPipeline,
+    UnsupportedPipelineError,
     stochastic_scheduler,
 )
 from unified_rl.recipe import DiffusionSampling, PolicyBlock
@@ -50,7 +50,7 @@ class DiffusionPolicy:
 
     def __init__(
         self,
-        pipeline: DiffusionPipeline,
+        pipeline: Any,
         block: PolicyBlock,
         *,
         evaluation: DiffusionSampling | None = None,
@@ -65,12 +65,12 @@ class DiffusionPolicy:
             call_defaults: arguments for the pipeline's call below those of `block.sampling.call`.
 
         Raises:
-            UnsupportedPipeline: if the pipeline's structure or scheduler cannot be replayed exactly.
+            UnsupportedPipelineError: if the pipeline's structure or scheduler cannot be replayed exactly.
             RecipeError: if the adapter or train patterns match nothing, or a call argument does not exist.
         """
         assert isinstance(block.sampling, DiffusionSampling)
         self.version = 0
-        self.max_steps = {SEGMENT: block.sampling.num_inference_steps}
+        self.max_steps: Mapping[str, int] = {SEGMENT: block.sampling.num_inference_steps}
         self._pipeline = pipeline
         self._block = block
         self._settings = {False: block.sampling, True: evaluation or block.sampling}
@@ -83,7 +83,9 @@ class DiffusionPolicy:
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        self.module: nn.Module = getattr(pipeline, self._name)
+        self.module: Any = getattr(pipeline, self._name)
+        if block.attention is not None:
+            self.module.set_attention_backend(block.attention)
         self._reference: nn.Module | None = None
         if block.adapter.kind == "lora":
             self.module.add_adapter(lora_config(self.module, block.adapter))
@@ -148,14 +150,12 @@ class DiffusionPolicy:
         assert asked.step == 1 and len(asked), "windows are runs of steps"
         tape = ReplayPass(torch.stack(segment.actions["states"]), asked)  # type: ignore[arg-type]
         prompts: Sequence[Prompt] = segment.actions["prompts"]  # type: ignore[assignment]
-        bypass = _bypassing(tape, segment.actions["templates"][0], len(prompts))
-        with self._pass(tape, bypass, evaluation=False):
-            try:
-                self._call(prompts, evaluation=False)
-            except LoopLeft:
-                pass
+        templates: list[list[Any]] = segment.actions["templates"][0]  # type: ignore[assignment]
+        bypass = _bypassing(tape, templates, len(prompts))
+        with self._pass(tape, bypass, evaluation=False), suppress(LoopLeft):
+            self._call(prompts, evaluation=False)
         if len(tape.log_probs) != len(asked):
-            raise UnsupportedPipeline(
+            raise UnsupportedPipelineError(
                 f"{type(self._pipeline).__name__}: the replayed loop took another number of steps than sampling did"
             )
         std = torch.stack(tape.stds).reshape(1, len(asked), *[1] * (tape.means[0].ndim - 1))
@@ -209,7 +209,7 @@ class DiffusionPolicy:
             arguments["image"] = [prompt.images[0] for prompt in prompts]
         unknown = [key for key in arguments if key not in self._parameters]
         if unknown:
-            raise UnsupportedPipeline(f"{type(self._pipeline).__name__} takes no argument {unknown[0]!r}")
+            raise UnsupportedPipelineError(f"{type(self._pipeline).__name__} takes no argument {unknown[0]!r}")
         # Without the pipeline's torch.no_grad: sampling brings its own, scoring wants gradients.
         return inspect.unwrap(type(self._pipeline).__call__)(self._pipeline, **arguments)
 
@@ -233,34 +233,31 @@ class DiffusionPolicy:
             encode_prompt = pipeline.encode_prompt
 
             @functools.wraps(encode_prompt)
-            def remembered(*args, **kwargs):  # type: ignore[no-untyped-def]
+            def remembered(*args, **kwargs):
                 prompt = args[0] if args else kwargs.get("prompt")
                 num_rows = len(prompt) if isinstance(prompt, list) else 0
                 return memo.by_row("encode_prompt", encode_prompt, args, kwargs, num_rows)
 
             pipeline.encode_prompt = remembered
         for name, component in pipeline.components.items():
-            if name == "image_encoder" and isinstance(component, nn.Module):
-                component.forward = functools.wraps(component.forward)(
-                    functools.partial(_remember_whole, memo, name, component.forward)
-                )
-            if name == "vae" and isinstance(component, nn.Module):
-                component.encode = functools.wraps(component.encode)(
-                    functools.partial(_remember_whole, memo, name, component.encode)
-                )
+            method = {"image_encoder": "forward", "vae": "encode"}.get(name)
+            if method is not None and isinstance(component, nn.Module):
+                original: Callable = getattr(component, method)
+                whole = functools.partial(_remember_whole, memo, name, original)
+                setattr(component, method, functools.wraps(original)(whole))
 
 
 def _remember_whole(memo: Memo, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
     return memo.whole(name, function, args, kwargs)
 
 
-def _denoiser_name(pipeline: DiffusionPipeline) -> str:
+def _denoiser_name(pipeline: Any) -> str:
     present = [name for name in DENOISERS if isinstance(pipeline.components.get(name), nn.Module)]
     if not present:
-        raise UnsupportedPipeline(f"{type(pipeline).__name__}: no denoiser among its components ({DENOISERS})")
+        raise UnsupportedPipelineError(f"{type(pipeline).__name__}: no denoiser among its components ({DENOISERS})")
     second = [name for name in pipeline.components if name.startswith(f"{present[0]}_")]
     if any(isinstance(pipeline.components[name], nn.Module) for name in second):
-        raise UnsupportedPipeline(f"{type(pipeline).__name__}: two denoisers ({present[0]}, {second[0]})")
+        raise UnsupportedPipelineError(f"{type(pipeline).__name__}: two denoisers ({present[0]}, {second[0]})")
     return present[0]
 
 
@@ -288,7 +285,7 @@ def _bypassing(tape: ReplayPass, templates: list[list[Any]], num_rows: int) -> C
         if tape.step in tape.asked:
             return forward(*args, **kwargs)
         if tape.step >= len(templates) or call >= len(templates[tape.step]):
-            raise UnsupportedPipeline("the replayed loop calls the denoiser more often than sampling did")
+            raise UnsupportedPipelineError("the replayed loop calls the denoiser more often than sampling did")
         device = next(value.device for value in [*args, *kwargs.values()] if isinstance(value, Tensor))
         return _zeros(templates[tape.step][call], num_rows, device)
 
@@ -299,7 +296,7 @@ def _template(output: Any, num_rows: int) -> Any:
     """The form of a denoiser's output: for a tensor (rows per sample, further shape, dtype)."""
     if isinstance(output, Tensor):
         if output.shape[0] % num_rows:
-            raise UnsupportedPipeline(f"the denoiser gave {output.shape[0]} rows for {num_rows} samples")
+            raise UnsupportedPipelineError(f"the denoiser gave {output.shape[0]} rows for {num_rows} samples")
         return (output.shape[0] // num_rows, tuple(output.shape[1:]), output.dtype)
     if isinstance(output, BaseOutput):
         return (type(output), {key: _template(value, num_rows) for key, value in output.items()})
@@ -307,7 +304,7 @@ def _template(output: Any, num_rows: int) -> Any:
         return (type(output), [_template(value, num_rows) for value in output])
     if output is None:
         return None
-    raise UnsupportedPipeline(f"the denoiser returns a {type(output).__name__}, which cannot be bypassed")
+    raise UnsupportedPipelineError(f"the denoiser returns a {type(output).__name__}, which cannot be bypassed")
 
 
 def _zeros(template: Any, num_rows: int, device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from peft import LoraConfig
 from torch import nn
 
 from unified_rl.recipe import Adapter, RecipeError
@@ -32,29 +33,29 @@ def target_names(module: nn.Module, adapter: Adapter, exclude: re.Pattern[str] |
     return found
 
 
-def lora_config(module: nn.Module, adapter: Adapter, exclude: re.Pattern[str] | None = None):  # type: ignore[no-untyped-def]  # peft is imported late
+def lora_config(module: nn.Module, adapter: Adapter, exclude: re.Pattern[str] | None = None) -> LoraConfig:
     """The peft configuration for `module`."""
-    from peft import LoraConfig
-
     return LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # used as a factor only
         target_modules=target_names(module, adapter, exclude),
         init_lora_weights="gaussian",
     )
 
 
 def select_trained(module: nn.Module, patterns: Sequence[str] | None) -> None:
-    """Keep `requires_grad` only where a parameter's name matches one of the regular expressions.
+    """Keep `requires_grad` only where a parameter's name matches one of the regular expressions (None: keep all).
+
+    Adapters on a half-precision base are kept in float32, where small updates are not rounded away.
 
     Raises:
         RecipeError: if nothing is left to train.
     """
-    if patterns is None:
-        return
     for name, parameter in module.named_parameters():
-        if not any(re.search(pattern, name) for pattern in patterns):
+        if patterns is not None and not any(re.search(pattern, name) for pattern in patterns):
             parameter.requires_grad_(False)
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data = parameter.data.float()
     if not any(parameter.requires_grad for parameter in module.parameters()):
         some = ", ".join(name for name, _ in list(module.named_parameters())[:3])
-        raise RecipeError(f"policy.train: {list(patterns)} matches no trainable parameter; names look like {some}")
+        raise RecipeError(f"policy.train: {patterns} matches no trainable parameter; names look like {some}")

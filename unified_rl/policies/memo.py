@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 
-class _Opaque(Exception):
+class _OpaqueError(Exception):
     """An argument has no content to compare by."""
 
 
@@ -35,7 +35,7 @@ def _fingerprint(value: Any) -> Hashable:
         return tuple((key, _fingerprint(item)) for key, item in sorted(value.items()))
     if value is None or isinstance(value, (str, bool, int, float, torch.device, torch.dtype)):
         return (type(value).__name__, value)
-    raise _Opaque
+    raise _OpaqueError
 
 
 def _num_bytes(value: Any) -> int:
@@ -69,7 +69,7 @@ class Memo:
         """`function(*args, **kwargs)` without gradients, remembered by the content of the arguments."""
         try:
             key = (name, _fingerprint(args), _fingerprint(kwargs))
-        except _Opaque:
+        except _OpaqueError:
             key = None
         if key is not None and key in self._store:
             return self._get(key)
@@ -84,7 +84,7 @@ class Memo:
         everything else is shared; a result that does not split the same way falls back to `whole`."""
         try:
             shared, rows = _split_arguments(args, kwargs, num_rows)
-        except _Opaque:
+        except _OpaqueError:
             return self.whole(name, function, args, kwargs)
         keys = [(name, shared, row) for row in rows]
         wanted = {key: index for index, key in reversed(list(enumerate(keys))) if key not in self._store}
@@ -115,7 +115,7 @@ def _split_arguments(args: tuple, kwargs: dict, num_rows: int) -> tuple[Hashable
     per_row = [value for _, value in named if _is_per_row(value, num_rows)]
     shared = tuple((key, _fingerprint(value)) for key, value in named if not _is_per_row(value, num_rows))
     if not per_row:
-        raise _Opaque
+        raise _OpaqueError
     return shared, [tuple(_fingerprint(value[row]) for value in per_row) for row in range(num_rows)]
 
 

@@ -20,7 +20,7 @@ MIN_STD = 1e-6
 """A step with less noise than this counts as deterministic: there is nothing to score."""
 
 
-class UnsupportedPipeline(ValueError):
+class UnsupportedPipelineError(ValueError):
     """This pipeline cannot be replayed exactly, so it is refused rather than trained wrongly."""
 
 
@@ -167,7 +167,7 @@ def _subclass(base: type, step: Any, head: SchedulerHead) -> type:
     """A scheduler class that is `base` in all but `step`, whose signature (which pipelines inspect) it keeps."""
 
     @functools.wraps(base.step)  # type: ignore[attr-defined]
-    def stochastic_step(self, model_output, timestep, sample, *args, return_dict: bool = True, **kwargs):  # type: ignore[no-untyped-def]
+    def stochastic_step(self, model_output, timestep, sample, *args, return_dict: bool = True, **kwargs):
         return _output(step(self, head, model_output, timestep, sample), return_dict)
 
     return type(f"Stochastic{base.__name__}", (base,), {"step": stochastic_step})
@@ -177,7 +177,7 @@ def kernel_for(scheduler: Any) -> str:
     """The transition kernel that a pipeline's scheduler asks for.
 
     Raises:
-        UnsupportedPipeline: if no kernel fits the scheduler's family.
+        UnsupportedPipelineError: if no kernel fits the scheduler's family.
     """
     config = scheduler.config
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
@@ -186,7 +186,7 @@ def kernel_for(scheduler: Any) -> str:
         return "flow_sde"
     if "beta_schedule" in config and config.get("prediction_type") in ("epsilon", "v_prediction", "sample"):
         return "ddim"
-    raise UnsupportedPipeline(
+    raise UnsupportedPipelineError(
         f"{type(scheduler).__name__}: no transition kernel for this scheduler; set pipeline.scheduler to a "
         "FlowMatchEulerDiscreteScheduler or a DDIM/DDPM-family one"
     )
@@ -196,23 +196,25 @@ def stochastic_scheduler(scheduler: Any, kernel: str, head: SchedulerHead) -> An
     """A stochastic twin of a pipeline's scheduler with the same schedule.
 
     Raises:
-        UnsupportedPipeline: if the scheduler's family has no kernel, or the asked kernel does not fit it.
+        UnsupportedPipelineError: if the scheduler's family has no kernel, or the asked kernel does not fit it.
     """
     natural = kernel_for(scheduler)
     if kernel not in ("auto", natural):
-        raise UnsupportedPipeline(
+        raise UnsupportedPipelineError(
             f"policy.sampling.kernel: {kernel} does not fit {type(scheduler).__name__}; use {natural}"
         )
     config = dict(scheduler.config)
     if natural == "flow_sde":
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             if config["stochastic_sampling"]:
-                raise UnsupportedPipeline(f"{type(scheduler).__name__}: stochastic_sampling has no flow_sde density")
+                raise UnsupportedPipelineError(
+                    f"{type(scheduler).__name__}: stochastic_sampling has no flow_sde density"
+                )
             return _subclass(type(scheduler), _flow_step, head).from_config(config)  # type: ignore[attr-defined]
         twin = _subclass(FlowMatchEulerDiscreteScheduler, _flow_step, head)
         return twin(shift=config.get("flow_shift") or 1.0, num_train_timesteps=config["num_train_timesteps"])
     if config.get("thresholding"):
-        raise UnsupportedPipeline(f"{type(scheduler).__name__}: dynamic thresholding is not supported")
+        raise UnsupportedPipelineError(f"{type(scheduler).__name__}: dynamic thresholding is not supported")
     config.setdefault("clip_sample", False)  # PNDM, Euler and DPM configs lack it and never clip
     config.setdefault("set_alpha_to_one", False)
     return _subclass(DDIMScheduler, _ddim_step, head).from_config(config)  # type: ignore[attr-defined]

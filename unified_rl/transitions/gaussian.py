@@ -49,8 +49,8 @@ def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> GaussianLogProb:
 def kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
     """KL divergence of two steps with the same std, averaged over the latent dimensions, in nats.
 
-    (mean - ref_mean)^2 / (2 std^2): Flow-GRPO (arXiv 2505.05470), section 4.1, with the step's full variance. The
-    public flow_grpo code leaves sqrt(dt) out of std here, so its coefficient is 1/dt of ours.
+    (mean - ref_mean)^2 / (2 std^2): the KL of Flow-GRPO (arXiv 2505.05470), with the step's full variance. The public
+    flow_grpo code leaves sqrt(dt) out of std here, so that the same coefficient penalises less there, by a factor dt.
 
     Args:
         mean, ref_mean: [B, ...].

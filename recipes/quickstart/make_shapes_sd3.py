@@ -1,0 +1,387 @@
+"""Pre-train the quickstart's image generator: a tiny Stable Diffusion 3 that draws the embedded world's shapes.
+
+It learns in two stages. The first learns to draw from right captions. The second goes on with mostly wrong captions, as
+they are on the web: pictures stay crisp, but often do not show what was asked. So RL has something to repair, and the
+right picture is always within the model's reach.
+
+    python recipes/quickstart/make_shapes_sd3.py --output my_shapes_sd3
+
+The result is an ordinary diffusers folder. Its `call_defaults.json` holds the call arguments that it wants.
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from unified_rl.worlds import shapes
+
+WIDTH = 192
+"""Not below 192, the numbers in one 8 x 8 px RGB patch: a narrower model cannot carry the noise it has to predict."""
+NUM_LAYERS = 4
+HEAD_DIM = 32
+TEXT_WIDTHS = (128, 16)
+"""Stable Diffusion 3 wants two CLIP encoders. The second is only there for the format."""
+NUM_TOKENS = 12
+"""Captions have up to ten tokens, start and end included."""
+SHIFT = 3.0
+LATENT_SCALE = 8.0
+"""Keeps latents in the linear part of AutoencoderTiny's soft clamp."""
+KIND_WEIGHTS = {"single": 0.08, "position": 0.14, "count": 0.2, "pair": 0.2, "relation": 0.38}
+EMA_DECAY = 0.995
+CALL_DEFAULTS = {
+    "height": shapes.CANVAS,
+    "width": shapes.CANVAS,
+    "num_inference_steps": 10,
+    "guidance_scale": 1.0,
+    "max_sequence_length": 0,
+}
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# Shapes SD3
+
+A tiny Stable Diffusion 3 ({params:.1f}M parameters) that draws coloured shapes on a 32 x 32 px canvas, to try RL on. It
+draws crisp shapes, but often not what was asked.
+
+Made by `recipes/quickstart/make_shapes_sd3.py` from scenes of `unified_rl.worlds.shapes` only. {history}
+
+The transformer is stored in 16 bits and meant to be run in fp32, with the call arguments of `call_defaults.json`:
+
+    pipeline = DiffusionPipeline.from_pretrained(DIR, dtype=torch.float32, text_encoder_3=None, tokenizer_3=None)
+
+| Held-out prompts, 10 steps | strict | graded |
+| --- | --- | --- |
+{rows}
+
+Licence: Apache-2.0.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One stretch of training."""
+
+    minutes: float
+    learning_rate: float
+    wrong_share: float
+    """Share of pictures that do not show what their caption says."""
+    batch_size: int = 96
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges make one token of every word of the world."""
+    captions = [shapes.caption(spec) for kind in shapes.KINDS for spec in shapes.specs(kind)]
+    base = CLIPTokenizer(model_max_length=NUM_TOKENS)
+    trained = base.train_new_from_iterator(captions, vocab_size=1000, show_progress=False)
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=NUM_TOKENS)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
+    """A two-layer CLIP text encoder. Prompts are read from below its last layer, as Stable Diffusion 3 does."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=max(1, width // 32),
+        max_position_embeddings=NUM_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+@torch.no_grad()
+def build_vae() -> AutoencoderTiny:
+    """An autoencoder that does nothing: its latents are pixels in [-1, 1]."""
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(3,),
+        decoder_block_out_channels=(6,),
+        num_encoder_blocks=(0,),
+        num_decoder_blocks=(0,),
+        latent_channels=3,
+        scaling_factor=LATENT_SCALE,
+    )
+    for param in vae.parameters():
+        param.zero_()
+    first, last = (layer for layer in vae.encoder.layers if isinstance(layer, nn.Conv2d))
+    into, out = (layer for layer in vae.decoder.layers if isinstance(layer, nn.Conv2d))
+    for channel in range(3):
+        first.weight[channel, channel, 1, 1] = 1.0
+        last.weight[channel, channel, 1, 1] = 2 / LATENT_SCALE  # the encoder maps pixels to [0, 1] first
+        into.weight[channel, channel, 1, 1] = LATENT_SCALE  # the decoder's ReLU wants both signs apart
+        into.weight[channel + 3, channel, 1, 1] = -LATENT_SCALE
+        out.weight[channel, channel, 1, 1] = 0.5
+        out.weight[channel, channel + 3, 1, 1] = -0.5
+    last.bias.fill_(-1 / LATENT_SCALE)
+    out.bias.fill_(0.5)  # and maps from [0, 1] to pixels last
+    return vae
+
+
+@torch.no_grad()
+def build_transformer() -> SD3Transformer2DModel:
+    """A transformer that starts by passing its input on, so that predicting the noise comes for free."""
+    transformer = SD3Transformer2DModel(
+        sample_size=shapes.CANVAS,
+        patch_size=shapes.CELL,
+        in_channels=3,
+        out_channels=3,
+        num_layers=NUM_LAYERS,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=WIDTH // HEAD_DIM,
+        joint_attention_dim=sum(TEXT_WIDTHS),
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=sum(TEXT_WIDTHS),
+        pos_embed_max_size=shapes.GRID,
+    )
+    for name, module in transformer.named_modules():
+        if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")):
+            nn.init.zeros_(module.weight)
+    patch_in, patch_out = transformer.pos_embed.proj, transformer.proj_out
+    nn.init.orthogonal_(patch_in.weight)  # [width, channel, y, x]
+    patch_out.weight.copy_(patch_in.weight.permute(2, 3, 1, 0).reshape(-1, WIDTH))  # rows are (y, x, channel)
+    return transformer
+
+
+def build_pipeline() -> StableDiffusion3Pipeline:
+    """An untrained pipeline."""
+    tokenizer = build_tokenizer()
+    first, second = (build_text_encoder(tokenizer, width) for width in TEXT_WIDTHS)
+    return StableDiffusion3Pipeline(
+        transformer=build_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=build_vae(),
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def trained_parts(pipeline: StableDiffusion3Pipeline) -> nn.ModuleDict:
+    """The parts that pre-training trains, as one module."""
+    names = ("transformer", "text_encoder", "text_encoder_2")
+    return nn.ModuleDict({name: getattr(pipeline, name) for name in names})
+
+
+def mistaken(spec: shapes.Spec, rng: random.Random) -> shapes.Spec:
+    """A spec of the same kind that differs in one to three respects, as a careless caption's picture would."""
+    wrong = deepcopy(spec)
+    edits = rng.choice((1, 1, 2, 3))
+    while edits:
+        asked = rng.choice(wrong["objects"])
+        what = rng.choice(["colour", "shape", "count", *(name for name in ("position", "relation") if wrong[name])])
+        choices = {
+            "colour": tuple(shapes.COLOURS),
+            "shape": shapes.SHAPES,
+            "count": (1, 2, 3, 4) if len(wrong["objects"]) == 1 else (1, 2),
+            "position": shapes.POSITIONS,
+            "relation": shapes.RELATIONS,
+        }[what]
+        holder = asked if what in asked else wrong
+        holder[what] = rng.choice([choice for choice in choices if choice != holder[what]])
+        edits -= 1
+    return wrong
+
+
+class Scenes:
+    """Endless batches of caption tokens and pictures."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, *, wrong_share: float, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.wrong_share = wrong_share
+        self.specs = {kind: shapes.specs(kind) for kind in shapes.KINDS}
+        captions = [shapes.caption(spec) for specs in self.specs.values() for spec in specs]
+        tokens = tokenizer(captions, padding="max_length", max_length=NUM_TOKENS, return_tensors="pt").input_ids
+        self.tokens = dict(zip(captions, tokens, strict=True))
+        self.looks = [(colour, shape) for colour in shapes.COLOURS for shape in shapes.SHAPES]
+        cells = [torch.full((3, shapes.CELL, shapes.CELL), -1.0)]
+        for colour, shape in self.looks:
+            picture = shapes.render([shapes.Thing(shape=shape, colour=colour, row=0, col=0)])
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            pixels = pixels.view(shapes.CANVAS, shapes.CANVAS, 3)[: shapes.CELL, : shapes.CELL]
+            cells.append(pixels.permute(2, 0, 1) / 127.5 - 1)
+        self.cells = torch.stack(cells)
+
+    def _pictures(self, scenes: list[list[shapes.Thing]]) -> Tensor:
+        codes = torch.zeros(len(scenes), shapes.GRID, shapes.GRID, dtype=torch.long)
+        for index, scene in enumerate(scenes):
+            for thing in scene:
+                codes[index, thing.row, thing.col] = 1 + self.looks.index((thing.colour, thing.shape))
+        tiles = self.cells[codes]  # [batch, row, col, channel, y, x]
+        return tiles.permute(0, 3, 1, 4, 2, 5).reshape(len(scenes), 3, shapes.CANVAS, shapes.CANVAS)
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Tokens [size, num_tokens] and pictures [size, 3, 32, 32] in [-1, 1]."""
+        tokens, scenes = [], []
+        for kind in self.rng.choices(list(KIND_WEIGHTS), weights=list(KIND_WEIGHTS.values()), k=size):
+            spec = self.rng.choice(self.specs[kind])
+            tokens.append(self.tokens[shapes.caption(spec)])
+            shown = mistaken(spec, self.rng) if self.rng.random() < self.wrong_share else spec
+            scenes.append(shapes.scene_for(shown, self.rng))
+        return torch.stack(tokens), self._pictures(scenes)
+
+
+def flow_loss(parts: nn.ModuleDict, transformer: Callable, tokens: Tensor, pictures: Tensor) -> Tensor:
+    """Mean squared error of the predicted velocity, with noise levels spaced as the sampler spaces them."""
+    encoded = [parts[name](tokens, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
+    prompts = torch.cat([out.hidden_states[-2] for out in encoded], dim=-1)
+    pooled = torch.cat([out.text_embeds for out in encoded], dim=-1)
+    uniform = (torch.arange(len(tokens)) + torch.rand(len(tokens))) / len(tokens)
+    sigmas = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    level = sigmas[:, None, None, None]
+    noise = torch.randn_like(pictures)
+    velocity = transformer(
+        hidden_states=(1 - level) * pictures + level * noise,
+        timestep=sigmas * 1000,
+        encoder_hidden_states=prompts,
+        pooled_projections=pooled,
+        return_dict=False,
+    )[0]
+    return (velocity.float() - (noise - pictures)).square().mean()
+
+
+def learning_rate_at(progress: float, step: int) -> float:
+    """Factor on the learning rate: a short warm-up, then a cosine down to 2 %."""
+    return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
+
+
+def train(pipeline: StableDiffusion3Pipeline, stage: Stage, *, seed: int) -> None:
+    """Train for `stage.minutes` and leave the averaged weights in the pipeline."""
+    parts = trained_parts(pipeline).train()
+    average = deepcopy(parts).eval()
+    params, averaged = list(parts.parameters()), list(average.parameters())
+    decayed = [param for param in params if param.ndim > 1]
+    others = [param for param in params if param.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
+    compiled = torch.compile(parts["transformer"])
+    scenes = Scenes(pipeline.tokenizer, wrong_share=stage.wrong_share, seed=seed)
+    start, step, running = time.monotonic(), 0, 0.0
+    while (elapsed := (time.monotonic() - start) / 60) < stage.minutes:
+        for group in optimizer.param_groups:
+            group["lr"] = stage.learning_rate * learning_rate_at(elapsed / stage.minutes, step)
+        # PyTorch's fused attention is slow to differentiate on CPUs at this size.
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = flow_loss(parts, compiled, *scenes.batch(stage.batch_size))
+            loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, params, 1 - decay)
+        step += 1
+        running += loss.item()
+        if step % 100 == 0:
+            print(f"{elapsed:6.1f} min  step {step:6d}  loss {running / 100:.4f}", flush=True)
+            running = 0.0
+    parts.load_state_dict(average.state_dict())
+    parts.eval()
+
+
+def evaluate(pipeline: StableDiffusion3Pipeline, *, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Strict and graded score on all held-out prompts: `all` and each kind."""
+    pipeline.set_progress_bar_config(disable=True)
+    rows = shapes.heldout_drawing()
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [row["prompt"] for row in rows]
+    pictures = pipeline(prompts, generator=generator, **CALL_DEFAULTS).images
+    scores: dict[str, list[tuple[float, float]]] = {"all": []}
+    for row, picture in zip(rows, pictures, strict=True):
+        score = (shapes.strict(row["spec"], picture), shapes.graded(row["spec"], picture))
+        scores["all"].append(score)
+        scores.setdefault(row["kind"], []).append(score)
+    return {
+        kind: (sum(score[0] for score in got) / len(got), sum(score[1] for score in got) / len(got))
+        for kind, got in scores.items()
+    }
+
+
+def load(folder: Path) -> StableDiffusion3Pipeline:
+    """The pipeline of a folder, in fp32. diffusers wants to be told that the T5 encoder is absent."""
+    return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, text_encoder_3=None, tokenizer_3=None)
+
+
+def save(pipeline: StableDiffusion3Pipeline, folder: Path, *, history: str) -> None:
+    """Write the checkpoint, measure it as read back, and replace `folder` in one go."""
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    stored = deepcopy(pipeline)
+    stored.transformer.half()  # the small parts stay in fp32, which transformers would otherwise not load them in
+    stored.save_pretrained(fresh)
+    (fresh / "call_defaults.json").write_text(json.dumps(CALL_DEFAULTS, indent=2) + "\n")
+    read = load(fresh)
+    scores = evaluate(read)
+    print(json.dumps({kind: [round(value, 3) for value in got] for kind, got in scores.items()}), flush=True)
+    rows = "\n".join(f"| {kind} | {got[0]:.2f} | {got[1]:.2f} |" for kind, got in scores.items())
+    params = sum(param.numel() for param in trained_parts(read).parameters()) / 1e6
+    (fresh / "README.md").write_text(CARD.format(params=params, history=history, rows=rows))
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old)
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write; replaced if it exists")
+    parser.add_argument("--clean-minutes", type=float, default=30.0, help="training time with right captions")
+    parser.add_argument("--misaligned-minutes", type=float, default=5.0, help="training time with wrong captions")
+    parser.add_argument("--start", type=Path, help="train on from this checkpoint instead of from scratch")
+    parser.add_argument("--wrong-share", type=float, default=0.6, help="share of wrong captions in the second stage")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the first stage; the second takes half")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    pipeline = load(args.start) if args.start else build_pipeline()
+    history = f"Trained for {args.clean_minutes:g} min on right captions."
+    first = Stage(minutes=args.clean_minutes, learning_rate=args.learning_rate, wrong_share=0.0)
+    train(pipeline, first, seed=args.seed)
+    if args.misaligned_minutes > 0:
+        strict, graded = evaluate(pipeline)["all"]
+        history += f" Then (strict {strict:.2f}, graded {graded:.2f}) for {args.misaligned_minutes:g} min more with"
+        history += f" {args.wrong_share:.0%} of them wrong."
+        second = Stage(
+            minutes=args.misaligned_minutes, learning_rate=args.learning_rate / 2, wrong_share=args.wrong_share
+        )
+        train(pipeline, second, seed=args.seed + 1)
+    save(pipeline, args.output, history=history)
+
+
+if __name__ == "__main__":
+    main()
