@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from unified_rl.data.sources import check_source
-from unified_rl.recipe import DiffusionSampling, PolicyBlock, Recipe, RecipeError, nearest
+from unified_rl.errors import RecipeError, nearest
+from unified_rl.recipe import DiffusionSampling, PolicyBlock, Recipe
 from unified_rl.rewards import check_rewards
 
 SEGMENTS = {"diffusion": "image", "causal_lm": "text"}

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest = [word for word in rest if word not in arguments.overrides]
     if rest:
         parser.error(f"unknown argument {rest[0]}; see unified-rl {arguments.command} --help")
-    from unified_rl.recipe import RecipeError
+    from unified_rl.errors import RecipeError
 
     try:
         return COMMANDS[arguments.command](arguments)
@@ -113,7 +113,7 @@ def _version() -> str:
 def _checked_recipe(name: str, overrides: list[str]) -> "tuple[Recipe, list[str]]":
     """The recipe and the warnings about it, after every check that needs no model in memory."""
     from unified_rl.checks import check_recipe
-    from unified_rl.recipe import load_recipe
+    from unified_rl.recipe_file import load_recipe
 
     recipe = load_recipe(name, overrides)
     return recipe, check_recipe(recipe)

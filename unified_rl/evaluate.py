@@ -10,9 +10,11 @@ from unified_rl.checkpoint import find_checkpoint
 from unified_rl.data.prompts import evaluation_prompts
 from unified_rl.data.sources import load_rows
 from unified_rl.engine import distributed
+from unified_rl.errors import RecipeError
 from unified_rl.policies import build_policy
 from unified_rl.protocols import Console, Policy
-from unified_rl.recipe import Recipe, RecipeError, load_recipe
+from unified_rl.recipe import Recipe
+from unified_rl.recipe_file import load_recipe
 from unified_rl.rewards import LoadedReward, load_rewards
 from unified_rl.rollout import Rollout, judge, sample
 from unified_rl.tracking import make_console

@@ -9,14 +9,8 @@ from typing import Any, get_args
 import yaml
 
 from unified_rl.presets import PRESETS
-from unified_rl.recipe import (
-    RECIPES,
-    SAMPLING,
-    Block,
-    DiffusionSampling,
-    Objective,
-    Recipe,
-)
+from unified_rl.recipe import SAMPLING, Block, DiffusionSampling, Objective, Recipe
+from unified_rl.recipe_file import RECIPES
 from unified_rl.rewards import list_rewards
 from unified_rl.weights import Sizes, measure
 

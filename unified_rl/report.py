@@ -16,8 +16,8 @@ import yaml
 from PIL import Image
 
 from unified_rl.charts import NUM_COLOURS, Point, Series, line_chart
+from unified_rl.errors import RecipeError
 from unified_rl.plain_text import clean, redact
-from unified_rl.recipe import RecipeError
 from unified_rl.report_style import STYLE
 from unified_rl.tracking import read_jsonl, sample_folders
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from unified_rl.errors import RecipeError, nearest
 from unified_rl.imports import check_import, load_import, one_line
-from unified_rl.recipe import RecipeError, RewardBlock, nearest
+from unified_rl.recipe import RewardBlock
 
 if TYPE_CHECKING:
     from torch import Tensor

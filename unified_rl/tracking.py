@@ -23,8 +23,10 @@ from PIL import Image
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from unified_rl.errors import RecipeError
 from unified_rl.plain_text import clean, prompt_text, redact
-from unified_rl.recipe import Recipe, RecipeError, dump_recipe
+from unified_rl.recipe import Recipe
+from unified_rl.recipe_file import dump_recipe
 
 if TYPE_CHECKING:  # protocols imports torch, which reading a run's folder does not need
     from unified_rl.protocols import Console

@@ -25,11 +25,12 @@ from unified_rl.checkpoint import find_checkpoint, load_state, save_checkpoint
 from unified_rl.data.prompts import PromptSampler
 from unified_rl.data.sources import load_rows
 from unified_rl.engine import build_engine, distributed
+from unified_rl.errors import RecipeError
 from unified_rl.evaluate import evaluate, load_exam
 from unified_rl.metrics import peak_mib, reward_metrics
 from unified_rl.policies import build_policy
 from unified_rl.protocols import Console, Engine, Policy
-from unified_rl.recipe import Recipe, RecipeError
+from unified_rl.recipe import Recipe
 from unified_rl.rewards import LoadedReward, load_rewards
 from unified_rl.rollout import Rollout, judge, sample, shown
 from unified_rl.tracking import Run, make_console, open_run

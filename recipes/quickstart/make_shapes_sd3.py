@@ -338,6 +338,9 @@ def save(pipeline: StableDiffusion3Pipeline, folder: Path, *, history: str) -> N
     stored = deepcopy(pipeline)
     stored.transformer.half()  # the small parts stay in fp32, which transformers would otherwise not load them in
     stored.save_pretrained(fresh)
+    for file in fresh.rglob("*.json"):  # diffusers writes down the folder that a model came from
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if not line.startswith('  "_name_or_path"')))
     (fresh / "call_defaults.json").write_text(json.dumps(CALL_DEFAULTS, indent=2) + "\n")
     read = load(fresh)
     scores = evaluate(read)

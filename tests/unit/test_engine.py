@@ -19,7 +19,8 @@ from unified_rl.checkpoint import CheckpointError
 from unified_rl.engine import build_engine, distributed
 from unified_rl.engine.local import LocalEngine
 from unified_rl.engine.optimizer import build_optimizer, lr_at
-from unified_rl.recipe import EngineBlock, Optimizer, RecipeError
+from unified_rl.errors import RecipeError
+from unified_rl.recipe import EngineBlock, Optimizer
 
 
 def net(seed=0):

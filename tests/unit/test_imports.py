@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from unified_rl.errors import RecipeError
 from unified_rl.imports import check_import, load_import
-from unified_rl.recipe import RecipeError
 
 SOURCE = """
 import os as system

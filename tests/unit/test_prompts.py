@@ -16,7 +16,7 @@ from PIL import Image
 
 from unified_rl.data import sources
 from unified_rl.data.prompts import PromptSampler, check_source, evaluation_prompts, load_rows
-from unified_rl.recipe import RecipeError
+from unified_rl.errors import RecipeError
 from unified_rl.types import Prompt
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from unified_rl.checks import check_recipe
+from unified_rl.errors import RecipeError
 from unified_rl.explain import explain, listing, plan
 from unified_rl.presets import PRESETS
-from unified_rl.recipe import RECIPES, RecipeError, dump_recipe, find_recipe, load_recipe, parse_recipe
+from unified_rl.recipe_file import RECIPES, dump_recipe, find_recipe, load_recipe, parse_recipe
 from unified_rl.weights import measure
 
 
@@ -89,11 +90,29 @@ def test_overrides_reach_blocks_and_lists(raw, tmp_path):
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_dump_reads_back_equal(raw, tmp_path, preset):
-    raw["objective"] = {"preset": preset, "train_steps": 3} if preset else {"image": {"loss": "cispo"}}
+    raw["objective"] = {"preset": preset, "advantage_clip": 3.0} if preset else {"image": {"loss": "cispo"}}
+    if preset == "gspo":  # sequence ratios are for tokens
+        (tmp_path / "model/model_index.json").rename(tmp_path / "model/config.json")
     recipe = parse_recipe(raw, tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == recipe
+
+
+def test_objectives_that_a_family_cannot_train_are_refused(raw, tmp_path):
+    for objective, message in (
+        ({"preset": "gspo"}, "objective.all.ratio: sequence needs all steps in one forward; use token"),
+        ({"ratio": "sequence"}, "objective.all.ratio: sequence"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            parse_recipe({**raw, "objective": objective}, tmp_path)
+    (tmp_path / "model/model_index.json").rename(tmp_path / "model/config.json")
+    for objective, message in (
+        ({"train_steps": 2}, "objective.all.train_steps: for denoising steps"),
+        ({"kl": {"coef": 0.1, "estimator": "gaussian"}}, "objective.all.kl: gaussian needs Gaussian steps"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            parse_recipe({**raw, "objective": objective}, tmp_path)
 
 
 @pytest.mark.parametrize(

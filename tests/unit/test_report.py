@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from unified_rl.charts import Series, line_chart, ticks
-from unified_rl.recipe import RecipeError
+from unified_rl.errors import RecipeError
 from unified_rl.report import write_report
 from unified_rl.tracking import RunFolder
 

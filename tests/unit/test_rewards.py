@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from reward_models.answers import answer, answer_format
-from unified_rl.recipe import RecipeError, RewardBlock
+from unified_rl.errors import RecipeError
+from unified_rl.recipe import RewardBlock
 from unified_rl.rewards import (
     LoadedReward,
     RewardError,

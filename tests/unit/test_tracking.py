@@ -11,8 +11,8 @@ import time
 import pytest
 from PIL import Image
 
+from unified_rl.errors import RecipeError
 from unified_rl.plain_text import clean, prompt_text, redact
-from unified_rl.recipe import RecipeError
 from unified_rl.tracking import (
     NullRun,
     RunFolder,

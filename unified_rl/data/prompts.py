@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from unified_rl.data.sources import Row, check_source, image_cells, load_rows
-from unified_rl.recipe import RecipeError
+from unified_rl.errors import RecipeError
 from unified_rl.types import Prompt
 
 __all__ = ["PromptSampler", "check_source", "evaluation_prompts", "load_rows"]

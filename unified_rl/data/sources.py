@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from unified_rl.errors import RecipeError
 from unified_rl.imports import check_import, load_import, one_line
-from unified_rl.recipe import RecipeError
 
 Row = dict[str, Any]
 

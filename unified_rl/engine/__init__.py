@@ -20,7 +20,7 @@ def build_engine(module: "nn.Module", recipe: "Recipe", *, num_steps: int) -> "E
         RecipeError: if the local engine is asked for with several processes or a ZeRO stage, or nothing is trained.
     """
     from unified_rl.engine import distributed
-    from unified_rl.recipe import RecipeError
+    from unified_rl.errors import RecipeError
 
     block, world_size = recipe.engine, distributed.world_size()
     if block.backend == "local":

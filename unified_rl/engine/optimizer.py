@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from unified_rl.recipe import Optimizer, RecipeError
+from unified_rl.errors import RecipeError
+from unified_rl.recipe import Optimizer
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

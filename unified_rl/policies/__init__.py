@@ -16,7 +16,8 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
         RecipeError: if the model cannot be read, or the adapter matches nothing.
         UnsupportedPipelineError: if a pipeline cannot be replayed exactly.
     """
-    from unified_rl.recipe import DiffusionSampling, RecipeError, TextSampling
+    from unified_rl.errors import RecipeError
+    from unified_rl.recipe import DiffusionSampling, TextSampling
 
     _quiet_libraries()
     block = recipe.policy

@@ -36,8 +36,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from unified_rl.errors import RecipeError
 from unified_rl.policies.lora import lora_config, select_trained
-from unified_rl.recipe import PolicyBlock, RecipeError, TextSampling
+from unified_rl.recipe import PolicyBlock, TextSampling
 from unified_rl.transitions import categorical
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
 

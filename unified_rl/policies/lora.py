@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from peft import LoraConfig
 from torch import nn
 
-from unified_rl.recipe import Adapter, RecipeError
+from unified_rl.errors import RecipeError
+from unified_rl.recipe import Adapter
 
 _ATTENTION = re.compile(
     r"(?:^|[._])(?:to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"

@@ -1,0 +1,68 @@
+"""Rules that keep the project readable: who may import whom, and how long files and functions may be."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+MODULES = sorted([*(ROOT / "unified_rl").rglob("*.py"), *(ROOT / "reward_models").rglob("*.py")])
+PURE = {"transformers", "diffusers", "deepspeed", "peft", "torch.distributed", "unified_rl.recipe", "unified_rl.engine"}
+FORBIDDEN = {
+    "unified_rl/objectives/": PURE,
+    "unified_rl/transitions/": PURE,
+    "unified_rl/advantages.py": PURE,
+    "unified_rl/policies/": {"unified_rl.engine", "unified_rl.objectives", "unified_rl.rewards", "deepspeed"},
+    "unified_rl/engine/": {"unified_rl.policies", "diffusers", "transformers"},
+    "unified_rl/types.py": {"unified_rl", "transformers", "diffusers", "numpy", "PIL"},
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_keep_to_the_layers(path: Path):
+    relative = path.relative_to(ROOT).as_posix()
+    for prefix, forbidden in FORBIDDEN.items():
+        if relative.startswith(prefix):
+            for name in imports(path):
+                assert not any(within(name, package) for package in forbidden), f"{relative} imports {name}"
+    for name in imports(path):
+        assert not within(name, "deepspeed") or relative == "unified_rl/engine/deepspeed.py", relative
+        if relative.startswith("reward_models/"):
+            assert not within(name, "unified_rl") or within(name, "unified_rl.types"), f"{relative} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path: Path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} at line {node.lineno}"
+
+
+@pytest.mark.parametrize("name", ["train", "update", "windows", "rollout", "evaluate", "metrics", "advantages"])
+def test_the_trainer_does_not_know_families(name: str):
+    """Nothing on the shared path asks which family a policy is, or what its segments are called."""
+    tree = ast.parse((ROOT / "unified_rl" / f"{name}.py").read_text(encoding="utf-8"))
+    words = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    words |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert not words & {"family", "modality", "diffusion", "causal_lm", "image"}
+
+
+def test_nothing_in_the_project_names_the_machine_it_was_made_on():
+    for path in [*MODULES, *(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]:
+        assert "/work/" not in path.read_text(encoding="utf-8"), path

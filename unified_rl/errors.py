@@ -1,0 +1,12 @@
+"""The error of a wrong recipe or argument, and the hint that comes with it."""
+
+import difflib
+
+
+class RecipeError(Exception):
+    """The user's recipe or arguments are wrong. The message is one line: where, what, what to do."""
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(valid)}"
