@@ -87,18 +87,17 @@ class Memo:
         except _OpaqueError:
             return self.whole(name, function, args, kwargs)
         keys = [(name, shared, row) for row in rows]
-        wanted = {key: index for index, key in reversed(list(enumerate(keys))) if key not in self._store}
-        if wanted:
-            picked = sorted(wanted.values())
+        wanted = {key: index for index, key in enumerate(keys) if key not in self._store}
+        for key, index in wanted.items():
+            # One by one: the result must depend on the row alone, not on which others were missing beside it.
             with torch.no_grad():
                 result = function(
-                    *(_pick(value, picked, num_rows) for value in args),
-                    **{key: _pick(value, picked, num_rows) for key, value in kwargs.items()},
+                    *(_pick(value, index, num_rows) for value in args),
+                    **{name: _pick(value, index, num_rows) for name, value in kwargs.items()},
                 )
-            if not _splits(result, len(picked)):
+            if not _is_one_row(result):
                 return self.whole(name, function, args, kwargs)
-            for position, index in enumerate(picked):
-                self._put(keys[index], tuple(None if part is None else part[position].clone() for part in result))
+            self._put(key, tuple(None if part is None else part[0] for part in result))
         found = [self._get(key) for key in keys]
         shapes = {tuple(None if part is None else part.shape for part in row) for row in found}
         if len(shapes) > 1:  # padded to different lengths in different batches
@@ -119,13 +118,11 @@ def _split_arguments(args: tuple, kwargs: dict, num_rows: int) -> tuple[Hashable
     return shared, [tuple(_fingerprint(value[row]) for value in per_row) for row in range(num_rows)]
 
 
-def _pick(value: Any, index: list[int], num_rows: int) -> Any:
-    if not _is_per_row(value, num_rows):
-        return value
-    return value[index] if isinstance(value, Tensor) else [value[row] for row in index]
+def _pick(value: Any, row: int, num_rows: int) -> Any:
+    return value[row : row + 1] if _is_per_row(value, num_rows) else value
 
 
-def _splits(result: Any, num_rows: int) -> bool:
+def _is_one_row(result: Any) -> bool:
     return isinstance(result, tuple) and all(
-        part is None or (isinstance(part, Tensor) and part.ndim > 0 and len(part) == num_rows) for part in result
+        part is None or (isinstance(part, Tensor) and part.ndim > 0 and len(part) == 1) for part in result
     )

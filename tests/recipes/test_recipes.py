@@ -1,0 +1,112 @@
+"""Every shipped recipe validates, and trains."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from unified_rl.checks import check_recipe
+from unified_rl.recipe_file import RECIPES, load_recipe
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+SMALL = [
+    "group_size=4",
+    "prompts_per_step=2",
+    "evaluation.num_prompts=4",
+    "evaluation.every=2",
+    "evaluation.num_saved=4",
+    "engine.micro_batch=8",
+    "engine.threads=1",
+    "checkpoint.every=2",
+]
+KEYS = {
+    "step", "samples_seen", "loss", "reward", "reward_std", "frac_reward_zero_std", "ratio/mean",
+    "clip_fraction/low", "clip_fraction/high", "replay_gap", "grad_norm", "lr", "time/rollout", "time/reward",
+    "time/update", "time/total", "samples_per_second", "memory/peak_mib",
+}  # fmt: skip
+
+
+def command(name: str, folder: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable, "-m", "unified_rl.cli", "train", name, *SMALL, *overrides, "--output", str(folder)
+    ]  # fmt: skip
+
+
+def train(name: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(name, folder, *overrides), capture_output=True, text=True, timeout=300)
+
+
+def rows(folder: Path, file: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_passes_its_checks(name: str):
+    check_recipe(load_recipe(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_trains_and_fills_its_folder(name: str, tmp_path: Path):
+    done = train(name, tmp_path, "num_steps=2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = rows(tmp_path, "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert set(metrics[0]) >= KEYS
+    assert metrics[0]["replay_gap"] <= (1e-4 if "vlm" in name else 1e-5)
+    assert metrics[0]["ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics[0]["grad_norm"] > 0
+    evaluations = rows(tmp_path, "eval.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2]
+    assert {"reward", "num_samples"} <= set(evaluations[0])
+    assert len(rows(tmp_path / "samples/step_000000", "samples.jsonl")) == 4
+    manifest = json.loads((tmp_path / "checkpoints/step_000002/manifest.json").read_text())
+    assert any(entry["path"].startswith("policy/") for entry in manifest["files"])
+    assert load_recipe(str(tmp_path / "recipe.yaml")).num_steps == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_ends_where_an_unbroken_one_does(name: str, tmp_path: Path):
+    assert train(name, tmp_path / "whole", "num_steps=4").returncode == 0
+    assert train(name, tmp_path / "parts", "num_steps=4", "checkpoint.keep=9").returncode == 0
+    # Drop what came after step 2, as if the run had been killed there.
+    late = tmp_path / "parts/checkpoints/step_000004"
+    (late / "manifest.json").unlink()
+    resumed = train(name, tmp_path / "parts", "num_steps=4")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert "step_000002" in resumed.stdout
+    for file in ("weights.safetensors", "optimizer.safetensors"):
+        first = load_file(tmp_path / "whole/checkpoints/step_000004/trainer" / file)
+        second = load_file(late / "trainer" / file)
+        assert first.keys() == second.keys() and all(first[key].equal(second[key]) for key in first)
+    timeless = [
+        [{key: value for key, value in row.items() if "time" not in key and "second" not in key and "mem" not in key}
+         for row in rows(tmp_path / part, "metrics.jsonl")] for part in ("whole", "parts")
+    ]  # fmt: skip
+    assert timeless[0] == timeless[1]
+
+
+def test_sigterm_saves_and_exits_143(tmp_path: Path):
+    process = subprocess.Popen(
+        command("quickstart_vlm", tmp_path, "num_steps=2000", "checkpoint.every=1000"), stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 143
+    (saved,) = (tmp_path / "checkpoints").glob("step_*/manifest.json")
+    last = rows(tmp_path, "metrics.jsonl")[-1]["step"]
+    assert json.loads(saved.read_text())["step"] == last
+
+
+def test_nothing_left_to_do_is_said(tmp_path: Path):
+    assert train("quickstart_vlm", tmp_path, "num_steps=2").returncode == 0
+    before = (tmp_path / "metrics.jsonl").read_text()
+    again = train("quickstart_vlm", tmp_path, "num_steps=2")
+    assert again.returncode == 0 and "nothing left to do" in again.stdout
+    assert (tmp_path / "metrics.jsonl").read_text() == before
