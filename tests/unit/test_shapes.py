@@ -119,10 +119,21 @@ def test_graded_counts_the_conditions_met() -> None:
     spec = {"objects": [{"colour": "red", "shape": "circle", "count": 2}], "position": None, "relation": None}
     one = [Thing(shape="circle", colour="red", row=0, col=0)]
     blue = [Thing(shape="circle", colour="blue", row=0, col=0), Thing(shape="circle", colour="blue", row=2, col=2)]
-    # colour, shape, both on one object, number of these, number of all
-    assert shapes.conditions(spec, shapes.render(one)) == [True, True, True, False, False]
-    assert shapes.conditions(spec, shapes.render(blue)) == [False, True, False, False, True]
-    assert shapes.graded(spec, shapes.render(one)) == 3 / 5
+    # number of objects, their colours, their shapes, number of each kind
+    assert shapes.conditions(spec, shapes.render(one)) == [False, True, True, False]
+    assert shapes.conditions(spec, shapes.render(blue)) == [True, False, True, False]
+    assert shapes.graded(spec, shapes.render(one)) == 2 / 4
+
+
+def test_drawing_everything_earns_little() -> None:
+    cells = [(row, col) for row in range(4) for col in range(4)]
+    kinds = [(colour, shape) for colour in shapes.COLOURS for shape in shapes.SHAPES]
+    crowd = [
+        Thing(shape=shape, colour=colour, row=row, col=col)
+        for (colour, shape), (row, col) in zip(kinds, cells, strict=False)
+    ]
+    for kind in ("single", "position", "count"):
+        assert all(shapes.graded(spec, shapes.render(crowd)) <= 1 / 4 for spec in shapes.specs(kind))
 
 
 def test_captions() -> None:

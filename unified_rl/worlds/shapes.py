@@ -170,25 +170,22 @@ def _related(first: Found, second: Found, relation: str) -> bool:
 
 
 def conditions(spec: Spec, image: Image.Image) -> list[bool]:
-    """What a prompt asks for, condition by condition: per object kind its colour, its shape, both on the same object
-    and the right number of it; then the total number of objects (without blots), the position, and the relation."""
+    """What a prompt asks for, condition by condition: the number of objects, their colours, their shapes, the number of
+    each kind, then the position and the relation.
+
+    Colours and shapes must be just the asked ones, so that the share of conditions met is not raised by drawing more.
+    """
     found = find_objects(image)
-    met = []
-    matches = []
-    for asked in spec["objects"]:
-        same = [thing for thing in found if _is_kind(thing, asked)]
-        matches.append(same)
-        met += [
-            any(thing.colour == asked["colour"] for thing in found),
-            any(thing.shape == asked["shape"] for thing in found),
-            bool(same),
-            len(same) == asked["count"],
-        ]
-    # A blot is no object: else a plain white picture would earn the point for "one object".
-    right_number = len(found) == sum(asked["count"] for asked in spec["objects"])
-    met.append(right_number and all(thing.shape is not None for thing in found))
+    kinds = spec["objects"]
+    matches = [[thing for thing in found if _is_kind(thing, asked)] for asked in kinds]
+    met = [
+        len(found) == sum(asked["count"] for asked in kinds) and all(thing.shape is not None for thing in found),
+        {thing.colour for thing in found} == {asked["colour"] for asked in kinds},
+        {thing.shape for thing in found} == {asked["shape"] for asked in kinds},
+        *(len(same) == asked["count"] for same, asked in zip(matches, kinds, strict=True)),
+    ]
     if spec["position"] is not None:
-        met.append(bool(matches[0]) and all(_at(thing, spec["position"]) for thing in matches[0]))
+        met.append(bool(found) and all(_at(thing, spec["position"]) for thing in found))
     if spec["relation"] is not None:
         pairs = itertools.product(*matches)
         met.append(any(_related(first, second, spec["relation"]) for first, second in pairs))
