@@ -39,7 +39,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {"ratio": "sequence_token", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence_mean"},
     ),
     "dapo": (
-        "Yu et al. 2025, DAPO, arXiv 2503.14476 (without its dynamic sampling and its length reward)",
+        "Yu et al. 2025, DAPO, arXiv 2503.14476 (its dynamic sampling is the recipe's `resample`)",
         {"advantage": "group_std", "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token_mean"},
     ),
     "rloo": (

@@ -253,6 +253,8 @@ class Recipe(Block):
     """Passes over a rollout before the next one."""
     minibatches: int = Field(default=1, ge=1)
     """Optimiser steps of one pass; updates_per_rollout is epochs x minibatches."""
+    resample: int = Field(default=0, ge=0)
+    """Dynamic sampling (DAPO): how often groups whose rewards are all equal are redrawn from other prompts."""
     max_replay_gap: float = Field(default=1e-3, gt=0)
     """The run stops if a stored log-prob and its replay differ by more than this before the first update."""
     policy: PolicyBlock

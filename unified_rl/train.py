@@ -34,6 +34,7 @@ from unified_rl.policies import build_policy
 from unified_rl.prepare import Prepared, prepare, trained_rows
 from unified_rl.protocols import Console, Engine, Policy
 from unified_rl.recipe import Recipe
+from unified_rl.resample import replace_tied
 from unified_rl.rewards import LoadedReward, load_rewards
 from unified_rl.rollout import Rollout, judge, sample, shown
 from unified_rl.tracking import Run, make_console, open_run
@@ -101,17 +102,40 @@ def collect(parts: Parts, index: int) -> tuple[Rollout, list[Prepared], dict[str
     rollout = judge(parts.rewards, prompts, trajectory)
     total = distributed.gather_rows(rollout.scores.total)
     breakdown = {name: distributed.gather_rows(values) for name, values in rollout.scores.breakdown.items()}
+    # Rewards are reported as they were drawn: those of the groups that are kept would look better than they are.
+    kept, redrawn = refill(parts, rollout, index)
     judged = time.perf_counter()
-    prepared, known = prepare(parts.policy, recipe, parts.memory, rollout)
+    prepared, known = prepare(parts.policy, recipe, parts.memory, kept)
     row = {
         "samples_seen": (index + 1) * recipe.samples_per_rollout,
         **reward_metrics(total, breakdown),
         "frac_reward_zero_std": zero_std_fraction(total, distributed.gather_rows(trajectory.group_ids)),
         "time/rollout": sampled - started,
         "time/reward": judged - sampled,
+        **redrawn,
         **known,
     }
-    return rollout, prepared, row
+    return kept, prepared, row
+
+
+def refill(parts: Parts, rollout: Rollout, index: int) -> tuple[Rollout, dict[str, float]]:
+    """Put other prompts in the place of groups that teach nothing, if the recipe asks for it."""
+    recipe, engine = parts.recipe, parts.engine
+    if not recipe.resample:
+        return rollout, {}
+
+    def draw(prompts: Sequence[Prompt]) -> Rollout:
+        batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
+        return judge(parts.rewards, prompts, sample(parts.policy, prompts, batch=batch, console=parts.console))
+
+    return replace_tied(
+        rollout,
+        rounds=recipe.resample,
+        index=index,
+        group_size=recipe.group_size,
+        prompts_of=lambda number: parts.sampler.rollout(number, rank=engine.rank, world_size=engine.world_size),
+        draw=draw,
+    )
 
 
 def plan_updates(parts: Parts, prepared: Sequence[Prepared], index: int) -> Iterator[list[Window]]:

@@ -56,7 +56,19 @@ def test_files_and_functions_stay_short(path: Path):
 
 @pytest.mark.parametrize(
     "name",
-    ["train", "update", "windows", "prepare", "memory", "health", "rollout", "evaluate", "metrics", "advantages"],
+    [
+        "train",
+        "update",
+        "windows",
+        "prepare",
+        "memory",
+        "health",
+        "resample",
+        "rollout",
+        "evaluate",
+        "metrics",
+        "advantages",
+    ],
 )
 def test_the_trainer_does_not_know_families(name: str):
     """Nothing on the shared path asks which family a policy is, or what its segments are called."""
