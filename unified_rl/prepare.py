@@ -6,6 +6,7 @@ Gaussian steps, entropies, or a divergence that goes into the reward.
 
 import hashlib
 import json
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from unified_rl.advantages import batch_advantages, gdpo_advantages, group_advantages, pass_k_advantages
 from unified_rl.engine import distributed
 from unified_rl.memory import Memory
+from unified_rl.objective_rules import GAUSSIAN_LOSSES
 from unified_rl.objectives import kl as divergence
 from unified_rl.protocols import Policy
 from unified_rl.recipe import Objective, Recipe
@@ -28,11 +30,11 @@ class Anchor:
     """The policy at the start of a rollout's updates, without gradients, on the CPU."""
 
     log_probs: Tensor
-    """[N, S]."""
+    """[N, S]; the rollout's own at steps that were left out."""
     entropy: Tensor | None
     """[N, S] in nats, or None where the policy does not compute it."""
     means: Tensor | None
-    """[N, S, ...] of Gaussian steps, for the losses that compare them."""
+    """[N, S, ...] of Gaussian steps, for the losses that compare them; 0 at steps that were left out."""
     kl: Tensor | None
     """[N, S] from the reference, 0 where masked, if it goes into the reward."""
 
@@ -65,15 +67,30 @@ def trained_rows(num_rows: int, minibatch: int, minibatches: int) -> range:
     return range(minibatch, num_rows, minibatches)
 
 
+def chosen_steps(name: str, segment: Segment, recipe: Recipe, index: int, number: int) -> list[int]:
+    """The steps of update `number` of rollout `index`: those with a random decision in any row, or `train_steps` of
+    them, drawn anew for each update.
+
+    The draw is a function of the recipe's seed and the numbers, the same on every process; only fixed-length segments
+    may draw.
+    """
+    objective = recipe.objective_for(name)
+    rng = random.Random(f"{recipe.seed}/{index}/{number}/{name}")
+    stochastic = segment.loss_mask.any(0).nonzero().flatten().tolist()
+    if objective.train_steps is None or objective.train_steps >= len(stochastic):
+        return stochastic
+    return sorted(rng.sample(stochastic, objective.train_steps))
+
+
 def prepare(
-    policy: Policy, recipe: Recipe, memory: Memory, rollout: Rollout
+    policy: Policy, recipe: Recipe, memory: Memory, rollout: Rollout, index: int
 ) -> tuple[list[Prepared], dict[str, float]]:
-    """Advantages and anchors of all segments, and what they add to the metrics."""
+    """Advantages and anchors of all segments of rollout number `index`, and what they add to the metrics."""
     prepared, row = [], {}
     started = time.perf_counter()
     for name, segment in rollout.trajectory.segments.items():
         objective = recipe.objective_for(name)
-        anchor = make_anchor(policy, name, segment, objective, recipe) if objective.needs_anchor else None
+        anchor = make_anchor(policy, name, segment, recipe, index) if objective.needs_anchor else None
         total = rollout.scores.total
         if anchor is not None and anchor.kl is not None:
             coef = memory.kl_coef(name, objective)
@@ -134,16 +151,23 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 @torch.no_grad()
-def make_anchor(policy: Policy, name: str, segment: Segment, objective: Objective, recipe: Recipe) -> Anchor:
+def make_anchor(policy: Policy, name: str, segment: Segment, recipe: Recipe, index: int) -> Anchor:
     """Evaluate a segment once more, in the very windows that the updates will use: a low-precision forward depends on
-    its batch's shape, and the first ratio must be 1."""
+    its batch's shape, and the first ratio must be 1. Steps that no update of the rollout trains are left out, unless a
+    sum over the whole trajectory is asked for."""
+    objective = recipe.objective_for(name)
     shape = segment.rollout_log_probs.shape
     log_probs = segment.rollout_log_probs.clone()
     entropy, means, kl = torch.full(shape, torch.nan), None, None
     with_kl = objective.kl.coef > 0 and objective.kl.place == "reward"
     if with_kl:
         kl = torch.zeros(shape)
-    steps = segment.loss_mask.any(0).nonzero().flatten().tolist()
+    with_means = objective.loss in GAUSSIAN_LOSSES
+    if with_kl or objective.correction.level != "token":
+        steps = segment.loss_mask.any(0).nonzero().flatten().tolist()
+    else:
+        draws = [chosen_steps(name, segment, recipe, index, number) for number in range(recipe.updates_per_rollout)]
+        steps = sorted({step for draw in draws for step in draw})
     for minibatch in range(recipe.minibatches):
         for rows, run in spans(
             trained_rows(shape[0], minibatch, recipe.minibatches),
@@ -156,7 +180,7 @@ def make_anchor(policy: Policy, name: str, segment: Segment, objective: Objectiv
             log_probs[rows, run] = stats.log_probs.to(log_probs)
             if stats.entropy is not None:
                 entropy[rows, run] = stats.entropy.to(entropy)
-            if stats.mean is not None:
+            if with_means and stats.mean is not None:
                 if means is None:
                     means = torch.zeros(*shape, *stats.mean.shape[2:], dtype=stats.mean.dtype)
                 means[rows, run] = stats.mean.to(means)

@@ -10,7 +10,6 @@ generator's state, so that a resumed run goes on as if it had not stopped. For t
 between rollouts.
 """
 
-import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from unified_rl.health import Health
 from unified_rl.memory import Memory
 from unified_rl.metrics import peak_mib, reward_metrics
 from unified_rl.policies import build_policy
-from unified_rl.prepare import Prepared, prepare, trained_rows
+from unified_rl.prepare import Prepared, chosen_steps, prepare, trained_rows
 from unified_rl.protocols import Console, Engine, Policy
 from unified_rl.recipe import Recipe
 from unified_rl.resample import replace_tied
@@ -40,7 +39,7 @@ from unified_rl.rollout import Rollout, judge, sample, shown
 from unified_rl.tracking import Run, make_console, open_run
 from unified_rl.types import Prompt
 from unified_rl.update import update
-from unified_rl.windows import Window, chosen_steps, cut, make_target
+from unified_rl.windows import Window, cut, make_target
 
 DONE, FAILED, STOPPED = 0, 1, 143
 
@@ -105,7 +104,7 @@ def collect(parts: Parts, index: int) -> tuple[Rollout, list[Prepared], dict[str
     # Rewards are reported as they were drawn: those of the groups that are kept would look better than they are.
     kept, redrawn = refill(parts, rollout, index)
     judged = time.perf_counter()
-    prepared, known = prepare(parts.policy, recipe, parts.memory, kept)
+    prepared, known = prepare(parts.policy, recipe, parts.memory, kept, index)
     row = {
         "samples_seen": (index + 1) * recipe.samples_per_rollout,
         **reward_metrics(total, breakdown),
@@ -145,8 +144,7 @@ def plan_updates(parts: Parts, prepared: Sequence[Prepared], index: int) -> Iter
         windows = []
         for part in prepared:
             rows = trained_rows(len(part.advantages), number % recipe.minibatches, recipe.minibatches)
-            rng = random.Random(f"{recipe.seed}/{index}/{number}/{part.name}")
-            steps = chosen_steps(part.segment, part.objective, rng)
+            steps = chosen_steps(part.name, part.segment, recipe, index, number)
             target = make_target(
                 part,
                 rows=rows,

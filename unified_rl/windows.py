@@ -5,7 +5,6 @@ all processes. A window is then only a slice of them, so that neither its size n
 gradient.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,17 +55,6 @@ class Window:
     target: Target
     rows: slice
     steps: slice
-
-
-def chosen_steps(segment: Segment, objective: Objective, rng: random.Random) -> list[int]:
-    """The steps of an update: those with a random decision in any row, or `train_steps` of them drawn by `rng`.
-
-    With several processes, `rng` is seeded alike everywhere and only fixed-length segments may draw.
-    """
-    stochastic = segment.loss_mask.any(0).nonzero().flatten().tolist()
-    if objective.train_steps is None or objective.train_steps >= len(stochastic):
-        return stochastic
-    return sorted(rng.sample(stochastic, objective.train_steps))
 
 
 def make_target(

@@ -161,7 +161,7 @@ def test_gaussian_kl_in_the_reward_by_hand(tmp_path: Path):
         walker.module.weight.copy_(torch.tensor([0.3, 0.1]))
     kl = {"coef": 2.0, "estimator": "gaussian", "place": "reward"}
     _, (prepared,), row = collect(build_parts(tmp_path, walker, objective={"kl": kl}), 0)
-    assert row["kl"] == pytest.approx((0.09 + 0.01) / 2 / (2 * 0.25)) and prepared.anchor.means.shape == (16, 3, 2)
+    assert row["kl"] == pytest.approx((0.09 + 0.01) / 2 / (2 * 0.25)) and prepared.anchor.means is None
 
 
 def test_kl_coefficient_is_steered_and_used(tmp_path: Path):
@@ -243,6 +243,31 @@ def test_guard_uses_the_old_means(tmp_path: Path):
     drift = torch.tensor([0.2, 0.0], requires_grad=True)
     (-(noise * drift).mean(2).exp() * advantages).mean().backward()
     torch.testing.assert_close(gradient, drift.grad)
+
+
+def test_the_anchor_evaluates_what_will_be_trained(tmp_path: Path):
+    """Two updates of one random step each, of six: at most two forwards a window of rows, and ratios of 1 at first."""
+
+    class Counting(Walker):
+        asked: list[int] = []
+
+        def log_prob(self, name, segment, steps):
+            self.asked.append(steps.start)
+            return super().log_prob(name, segment, steps)
+
+    policy = Counting([0.1, 0.0], num_steps=6)
+    objective = {"loss": "guard", "train_steps": 1}
+    parts = build_parts(tmp_path, policy, objective=objective, epochs=2, num_steps=2)
+    _, prepared, _ = collect(parts, 0)
+    anchored, policy.asked = list(policy.asked), []
+    trained = []
+    for windows in plan_updates(parts, prepared, 0):
+        for window in windows:
+            metrics = StepMetrics()
+            window_loss(policy, window, metrics, first_update=False)
+            assert metrics.sums["old_kl"] == 0.0 and metrics.num_steps == 8
+            trained.append(window.steps.start)
+    assert sorted(set(anchored)) == sorted(set(trained)) and len(anchored) == 2 * len(set(trained))
 
 
 def test_updates_stop_early_once_the_policy_has_left(tmp_path: Path):
