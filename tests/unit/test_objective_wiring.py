@@ -190,6 +190,26 @@ def test_entropy_coefficient_adapts_and_is_used(tmp_path: Path):
     assert next(plan_updates(parts, prepared, 3))[0].target.entropy_coef == pytest.approx(0.03)
 
 
+@pytest.mark.parametrize(
+    ("steered", "fixed", "state"),
+    [
+        (
+            {"kl": {"coef": 0.01, "target": 0.1}},
+            {"kl": {"coef": 0.7}},
+            {"kl": {"all": {"integral": 0.0, "coef": 0.7}}},
+        ),
+        ({"entropy_target": 0.5}, {"entropy_coef": 0.7}, {"entropy": {"all": {"value": 0.7, "below": 1.0}}}),
+    ],
+)
+def test_a_steered_coefficient_is_the_one_in_the_loss(tmp_path: Path, steered: Any, fixed: Any, state: Any):
+    parts = build_parts(tmp_path / "a", Bandit([0.5, 0.0, -0.5]), objective=steered)
+    parts.memory.restore(state)
+    expected = first_gradient(build_parts(tmp_path / "b", Bandit([0.5, 0.0, -0.5]), objective=fixed), move=0.3)
+    torch.testing.assert_close(first_gradient(parts, move=0.3), expected)
+    without = first_gradient(build_parts(tmp_path / "c", Bandit([0.5, 0.0, -0.5])), move=0.3)
+    assert (expected - without).abs().max() > 1e-2
+
+
 def test_top_entropy_trains_only_the_uncertain_steps(tmp_path: Path):
     class TwoEntropies(Bandit):
         def log_prob(self, name, segment, steps):
