@@ -6,6 +6,7 @@ from pathlib import Path
 
 from unified_rl.data.sources import check_source
 from unified_rl.errors import RecipeError, nearest
+from unified_rl.imports import check_import
 from unified_rl.recipe import DiffusionSampling, PolicyBlock, Recipe
 from unified_rl.rewards import check_rewards
 
@@ -46,6 +47,9 @@ def _check_policy(recipe: Recipe) -> None:
         if name not in ("all", segment):
             hint = nearest(name, [segment, "all"])
             raise RecipeError(f"objective.{name}: a {recipe.policy.family} policy has no such segment{hint}")
+    for name, objective in recipe.objective.items():
+        if ":" in objective.loss:
+            check_import(objective.loss, "objective.loss" if name == "all" else f"objective.{name}.loss")
     if recipe.policy.dtype != "float32" and recipe.policy.adapter.kind == "none":
         raise RecipeError(
             f"policy.dtype: {recipe.policy.dtype} weights cannot be fine-tuned in full, small updates would be lost;"

@@ -18,8 +18,21 @@ _MEANINGS = {
     "group_std": "reward minus the group's mean, over the group's std",
     "group_mean": "reward minus the group's mean",
     "global_std": "reward minus the group's mean, over the std of all samples",
+    "rloo": "reward minus the mean of the group's others",
+    "group_whitened": "reward minus the group's mean, over the std of all such differences",
+    "batch_whitened": "reward minus the mean of all samples, over their std",
+    "prompt_std": "reward minus the mean of the prompt's past, over its std",
+    "gdpo": "each reward over its group's std, weighted sum, whitened over all samples",
+    "pass_k": "only the best of a group, by its lead over the second",
     "token": "of each step",
     "sequence": "of the whole sequence (geometric mean)",
+    "sequence_token": "of the whole sequence, with the gradient of each step",
+    "none": "no ratio",
+    "reinforce": "score function, no ratio",
+    "drpo": "quadratic penalty on the ratio, weighted by the old probability",
+    "spo": "quadratic penalty on the ratio",
+    "guard": "PPO's clipped surrogate on the normalised ratio of Gaussian steps",
+    "dppo": "ratio, masked where the exact divergence leaves the trust region",
     "clip": "PPO's clipped surrogate",
     "cispo": "REINFORCE with clipped, detached weights",
     "sapo": "soft gate in place of the clip",
@@ -195,25 +208,38 @@ def _reward_lines(recipe: Recipe) -> list[tuple[str, str]]:
 
 def _objective_lines(objective: Objective, counts: Plan) -> list[tuple[str, str]]:
     preset = objective.preset
-    clip = f", low {objective.clip_low:g}, high {objective.clip_high:g}" if objective.loss != "sapo" else ""
+    clip = ""
+    if objective.loss in ("clip", "cispo", "guard"):
+        clip = f", low {objective.clip_low:g}, high {objective.clip_high:g}"
     extras = {
         "dual_clip": objective.dual_clip,
         "delta": objective.delta,
+        "penalty_range": objective.penalty_range if objective.loss in ("drpo", "spo") else None,
+        "max_divergence": objective.max_divergence if objective.loss == "dppo" else None,
+        "off_policy_mask": objective.off_policy_mask,
         "entropy_coef": objective.entropy_coef or None,
+        "entropy_target": objective.entropy_target,
+        "top_entropy": objective.top_entropy if objective.top_entropy < 1 else None,
     }
     clip += "".join(f", {name} {value:g}" for name, value in extras.items() if value is not None)
     advantage = _meaning(objective.advantage)
     if objective.advantage_clip is not None:
         advantage += f", clipped to {objective.advantage_clip:g}"
-    kl = objective.kl
+    kl, correction = objective.kl, objective.correction
+    steered = f", steered to {kl.target:g} nats a step" if kl.target is not None else ""
+    if correction.mode == "none":
+        corrected = "none: the sampling policy is the trained one"
+    else:
+        corrected = f"{correction.mode}, {correction.level}, cap {correction.cap:g}, floor {correction.floor:g}"
     lines = [
         ("preset", f"{preset}: {PRESETS[preset][0]}; keys of the recipe win" if preset else "none"),
         ("advantage", advantage),
         ("ratio", _meaning(objective.ratio)),
         ("loss", _meaning(objective.loss) + clip),
         ("aggregation", _meaning(objective.aggregation)),
-        ("kl", f"{kl.estimator}, in the loss, coef {kl.coef:g}" if kl.coef else "none (coef 0)"),
-        ("correction", "none: the sampling policy is the trained one"),
+        ("kl", f"{kl.estimator}, in the {kl.place}, coef {kl.coef:g}{steered}" if kl.coef else "none (coef 0)"),
+        ("correction", corrected),
+        ("old log-probs", "evaluated anew before the first update" if objective.needs_anchor else "the rollout's"),
     ]
     if counts.updates_per_rollout == 1:
         policy = "every update is on-policy (one a rollout): ratios are 1 and the clip is inactive"
@@ -221,11 +247,13 @@ def _objective_lines(objective: Objective, counts: Plan) -> list[tuple[str, str]
         policy = (
             f"the first of {counts.updates_per_rollout} updates is on-policy; ratios and the clip act from the second"
         )
+    if objective.stop_kl is not None:
+        policy += f"; the rest is skipped beyond update_kl {objective.stop_kl:g}"
     return [*lines, ("on-policy", policy)]
 
 
 def _meaning(value: str) -> str:
-    return f"{value} ({_MEANINGS[value]})"
+    return f"{value} ({_MEANINGS.get(value, 'your own')})"
 
 
 def _key_lines(block: type[Block]) -> list[tuple[str, str]]:

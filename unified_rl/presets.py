@@ -34,5 +34,97 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "kl": {"coef": 0.004, "estimator": "gaussian"},
         },
     ),
+    "gspo_token": (
+        "Zheng et al. 2025, Group Sequence Policy Optimization, arXiv 2507.18071, section 4.3",
+        {"ratio": "sequence_token", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence_mean"},
+    ),
+    "dapo": (
+        "Yu et al. 2025, DAPO, arXiv 2503.14476 (its dynamic sampling is the recipe's `resample`)",
+        {"advantage": "group_std", "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token_mean"},
+    ),
+    "rloo": (
+        "Ahmadian et al. 2024, Back to Basics, arXiv 2402.14740",
+        {
+            "advantage": "rloo",
+            "ratio": "none",
+            "loss": "reinforce",
+            "aggregation": "sequence_sum",
+            "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"},
+        },
+    ),
+    "reinforce++": (
+        "Hu et al. 2025, REINFORCE++, arXiv 2501.03262 (KL and whitening a sample, not a token)",
+        {
+            "advantage": "batch_whitened",
+            "aggregation": "token_mean",
+            "kl": {"coef": 0.01, "estimator": "k1", "place": "reward"},
+        },
+    ),
+    "reinforce++_baseline": (
+        "Hu et al. 2025, REINFORCE++, arXiv 2501.03262 (whitening a sample, not a token)",
+        {
+            "advantage": "group_whitened",
+            "aggregation": "token_mean",
+            "kl": {"coef": 0.01, "estimator": "k2", "place": "loss"},
+        },
+    ),
+    "gdpo": (
+        "Liu et al. 2026, GDPO, arXiv 2601.05242",
+        {"advantage": "gdpo", "aggregation": "token_mean"},
+    ),
+    "drpo": (
+        "Tencent-Hunyuan/UniRL, algorithms/drpo.py; spo_adaptive_eps in verl",
+        {"advantage": "group_std", "loss": "drpo", "penalty_range": 12.5, "aggregation": "token_mean"},
+    ),
+    "spo": (
+        "Xie et al. 2024, Simple Policy Optimization, arXiv 2401.16025",
+        {"advantage": "group_std", "loss": "spo", "penalty_range": 0.2, "aggregation": "token_mean"},
+    ),
+    "ddpo": (
+        "Black et al. 2023, DDPO, arXiv 2305.13301",
+        {
+            "advantage": "prompt_std",
+            "prompt_buffer": 32,
+            "prompt_min_count": 16,
+            "advantage_clip": 5.0,
+            "clip_low": 1e-4,
+            "clip_high": 1e-4,
+        },
+    ),
+    "dance_grpo": (
+        "Xue et al. 2025, DanceGRPO, arXiv 2505.07818 (its sampler is not part of an objective)",
+        {"advantage": "group_std", "advantage_clip": 5.0, "clip_low": 1e-4, "clip_high": 1e-4},
+    ),
+    "grpo_guard": (
+        "Wang et al. 2025, GRPO-Guard, arXiv 2510.22319 (without its weight 1 / dt of a step, as in Flow-Factory)",
+        {"advantage": "global_std", "advantage_clip": 5.0, "loss": "guard", "clip_low": 2e-6, "clip_high": 2e-6},
+    ),
+    "flow_dppo": (
+        "Ping et al. 2026, Flow-DPPO, arXiv 2606.11025",
+        {"advantage": "global_std", "advantage_clip": 5.0, "loss": "dppo", "max_divergence": 1e-5},
+    ),
+    "trl_grpo": (
+        "what GRPOTrainer of TRL 1.16 does by default: loss_type dapo, beta 0",
+        {
+            "advantage": "group_std",
+            "loss": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "token_mean",
+            "kl": {"coef": 0.0, "estimator": "k3"},
+        },
+    ),
+    "verl_grpo": (
+        "what verl does by default with adv_estimator grpo: token-mean, dual clip 3 (its 1e-6 beside the std is 1e-4)",
+        {
+            "advantage": "group_std",
+            "loss": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "dual_clip": 3.0,
+            "aggregation": "token_mean",
+            "kl": {"coef": 0.0, "estimator": "k3"},
+        },
+    ),
 }
 """Name -> (paper, keys that it fills in)."""

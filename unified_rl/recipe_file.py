@@ -73,6 +73,9 @@ def parse_recipe(raw: dict, folder: Path) -> Recipe:
         if isinstance(reward, dict) and isinstance(reward.get("name"), str) and ":" in reward["name"]:
             reward["name"] = _locate(reward["name"], folder)
     raw["objective"] = _resolve_objective(raw.get("objective") or {})
+    for objective in raw["objective"].values():
+        if isinstance(objective.get("loss"), str) and ":" in objective["loss"]:
+            objective["loss"] = _locate(objective["loss"], folder)
     _check_exam(raw)
     try:
         return Recipe.model_validate(raw)
@@ -149,7 +152,9 @@ def _family_of(folder: Path) -> str:
 def _resolve_objective(raw: Any) -> dict:
     if not isinstance(raw, dict):
         raise RecipeError("objective: a mapping of keys, or of one block a segment, is needed")
-    by_segment = bool(raw) and all(isinstance(value, dict) for value in raw.values()) and "kl" not in raw
+    by_segment = (
+        bool(raw) and not raw.keys() & {"kl", "correction"} and all(isinstance(part, dict) for part in raw.values())
+    )
     resolved = {}
     for name, block in (raw if by_segment else {"all": raw}).items():
         where = f"objective.{name}." if by_segment else "objective."
@@ -158,8 +163,9 @@ def _resolve_objective(raw: Any) -> dict:
         if preset is not None and str(preset) not in PRESETS:
             raise RecipeError(f"{where}preset: no preset {preset!r}{nearest(str(preset), list(PRESETS))}")
         filled = dict(PRESETS[preset][1]) if preset else {}
-        if isinstance(block.get("kl"), dict):
-            block = {**block, "kl": {**filled.get("kl", {}), **block["kl"]}}
+        for part in ("kl", "correction"):
+            if isinstance(block.get(part), dict):
+                block = {**block, part: {**filled.get(part, {}), **block[part]}}
         resolved[name] = {**filled, **block}
     return resolved
 

@@ -10,7 +10,6 @@ generator's state, so that a resumed run goes on as if it had not stopped. For t
 between rollouts.
 """
 
-import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -20,23 +19,27 @@ from pathlib import Path
 
 import torch
 
-from unified_rl.advantages import group_advantages, zero_std_fraction
+from unified_rl.advantages import zero_std_fraction
 from unified_rl.checkpoint import find_checkpoint, load_state, save_checkpoint
 from unified_rl.data.prompts import PromptSampler
 from unified_rl.data.sources import load_rows
 from unified_rl.engine import build_engine, distributed
 from unified_rl.errors import RecipeError
 from unified_rl.evaluate import evaluate, load_exam
+from unified_rl.health import Health
+from unified_rl.memory import Memory
 from unified_rl.metrics import peak_mib, reward_metrics
 from unified_rl.policies import build_policy
+from unified_rl.prepare import Prepared, chosen_steps, prepare, trained_rows
 from unified_rl.protocols import Console, Engine, Policy
 from unified_rl.recipe import Recipe
+from unified_rl.resample import replace_tied
 from unified_rl.rewards import LoadedReward, load_rewards
 from unified_rl.rollout import Rollout, judge, sample, shown
 from unified_rl.tracking import Run, make_console, open_run
 from unified_rl.types import Prompt
 from unified_rl.update import update
-from unified_rl.windows import Window, chosen_steps, cut, make_target, trained_rows
+from unified_rl.windows import Window, cut, make_target
 
 DONE, FAILED, STOPPED = 0, 1, 143
 
@@ -53,36 +56,42 @@ class Parts:
     exam: Sequence[Prompt]
     run: Run
     console: Console
+    memory: Memory
+    health: Health
 
 
-def run_loop(parts: Parts, step: int, stop: "StopSignal") -> int:
-    """Train from `step` (optimiser steps, whole rollouts) to the recipe's end; returns the exit code."""
+def run_loop(parts: Parts, at: "Position", stop: "StopSignal") -> int:
+    """Train from a position between two rollouts to the recipe's end; returns the exit code."""
     recipe, policy, engine = parts.recipe, parts.policy, parts.engine
+    step, index = at.step, at.rollout
     while step < recipe.num_steps and not stop.requested():
-        index = step // recipe.updates_per_rollout
-        rollout, row = collect(parts, index)
-        for number, windows in enumerate(plan_updates(parts, rollout, index)):
-            if step == recipe.num_steps:
-                break
+        rollout, prepared, row = collect(parts, index)
+        before = step
+        for number, windows in enumerate(plan_updates(parts, prepared, index)):
             started = time.perf_counter()
             changed = update(policy, engine, windows, first_update=number == 0)
             step += 1
             if number == 0:
                 check_replay(recipe, changed["replay_gap"])
-            log_step(parts, step, {**row, **changed}, time.perf_counter() - started)
+            coefs = parts.memory.observe({**row, **changed} if number == 0 else changed)
+            log_step(parts, step, {**row, **changed, **coefs}, time.perf_counter() - started, first=number == 0)
             if parts.exam and (step % recipe.evaluation.every == 0 or step == recipe.num_steps):
                 examine(parts, step)
+            if step == recipe.num_steps or has_left(recipe, changed["update_kl"]):
+                break
+        index += 1
         if not parts.exam:
             parts.run.save_samples(step, shown(rollout, recipe.evaluation.num_saved))
-        if is_due(recipe, step) or stop.requested():
+        if is_due(recipe, before, step) or stop.requested():
+            state = {"step": step, "rollout": index, "memory": parts.memory.state()}
             save_checkpoint(
-                parts.run.path, step, policy=policy, engine=engine, state={"step": step}, keep=recipe.checkpoint.keep
+                parts.run.path, step, policy=policy, engine=engine, state=state, keep=recipe.checkpoint.keep
             )
     return STOPPED if step < recipe.num_steps else DONE
 
 
-def collect(parts: Parts, index: int) -> tuple[Rollout, dict[str, float]]:
-    """Rollout number `index`, judged, and what it adds to the metrics."""
+def collect(parts: Parts, index: int) -> tuple[Rollout, list[Prepared], dict[str, float]]:
+    """Rollout number `index`, judged and prepared for its updates, and what it adds to the metrics."""
     recipe, engine = parts.recipe, parts.engine
     started = time.perf_counter()
     prompts = parts.sampler.rollout(index, rank=engine.rank, world_size=engine.world_size)
@@ -92,37 +101,66 @@ def collect(parts: Parts, index: int) -> tuple[Rollout, dict[str, float]]:
     rollout = judge(parts.rewards, prompts, trajectory)
     total = distributed.gather_rows(rollout.scores.total)
     breakdown = {name: distributed.gather_rows(values) for name, values in rollout.scores.breakdown.items()}
+    # Rewards are reported as they were drawn: those of the groups that are kept would look better than they are.
+    kept, redrawn = refill(parts, rollout, index)
+    judged = time.perf_counter()
+    prepared, known = prepare(parts.policy, recipe, parts.memory, kept, index)
     row = {
         "samples_seen": (index + 1) * recipe.samples_per_rollout,
         **reward_metrics(total, breakdown),
         "frac_reward_zero_std": zero_std_fraction(total, distributed.gather_rows(trajectory.group_ids)),
         "time/rollout": sampled - started,
-        "time/reward": time.perf_counter() - sampled,
+        "time/reward": judged - sampled,
+        **redrawn,
+        **known,
     }
-    return rollout, row
+    return kept, prepared, row
 
 
-def plan_updates(parts: Parts, rollout: Rollout, index: int) -> Iterator[list[Window]]:
+def refill(parts: Parts, rollout: Rollout, index: int) -> tuple[Rollout, dict[str, float]]:
+    """Put other prompts in the place of groups that teach nothing, if the recipe asks for it."""
+    recipe, engine = parts.recipe, parts.engine
+    if not recipe.resample:
+        return rollout, {}
+
+    def draw(prompts: Sequence[Prompt]) -> Rollout:
+        batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
+        return judge(parts.rewards, prompts, sample(parts.policy, prompts, batch=batch, console=parts.console))
+
+    return replace_tied(
+        rollout,
+        rounds=recipe.resample,
+        index=index,
+        group_size=recipe.group_size,
+        prompts_of=lambda number: parts.sampler.rollout(number, rank=engine.rank, world_size=engine.world_size),
+        draw=draw,
+    )
+
+
+def plan_updates(parts: Parts, prepared: Sequence[Prepared], index: int) -> Iterator[list[Window]]:
     """The windows of each optimiser step that a rollout is trained for."""
-    recipe, policy, rank = parts.recipe, parts.policy, parts.engine.rank
-    num_rows = len(rollout.prompts)
-    rewards = distributed.gather_rows(rollout.scores.total)
-    group_ids = distributed.gather_rows(rollout.trajectory.group_ids)
-    valid = ~rollout.scores.total.isnan()
+    recipe, policy, memory = parts.recipe, parts.policy, parts.memory
     for number in range(recipe.updates_per_rollout):
-        rows = trained_rows(num_rows, number % recipe.minibatches, recipe.minibatches)
         windows = []
-        for name, segment in rollout.trajectory.segments.items():
-            objective = recipe.objective_for(name)
-            advantages = group_advantages(
-                rewards, group_ids, normalise=objective.advantage, clip=objective.advantage_clip
-            )[rank * num_rows : (rank + 1) * num_rows]
-            steps = chosen_steps(segment, objective, random.Random(f"{recipe.seed}/{index}/{number}/{name}"))
+        for part in prepared:
+            rows = trained_rows(len(part.advantages), number % recipe.minibatches, recipe.minibatches)
+            steps = chosen_steps(part.name, part.segment, recipe, index, number)
             target = make_target(
-                name, segment, objective, advantages, valid, rows=rows, steps=steps, max_steps=policy.max_steps[name]
+                part,
+                rows=rows,
+                steps=steps,
+                max_steps=policy.max_steps[part.name],
+                kl_coef=memory.kl_coef(part.name, part.objective),
+                entropy_coef=memory.entropy_coef(part.name, part.objective),
             )
             windows += cut(target, policy, recipe, rows, steps)
         yield windows
+
+
+def has_left(recipe: Recipe, update_kl: float) -> bool:
+    """Whether the policy is as far from the rollout's as its objective allows (PPO's early stop)."""
+    limits = [objective.stop_kl for objective in recipe.objective.values() if objective.stop_kl is not None]
+    return bool(limits) and update_kl > min(limits)
 
 
 def check_replay(recipe: Recipe, gap: float) -> None:
@@ -138,13 +176,16 @@ def check_replay(recipe: Recipe, gap: float) -> None:
         )
 
 
-def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: float) -> None:
-    """Write and show the metrics of one optimiser step."""
+def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: float, *, first: bool) -> None:
+    """Write and show the metrics of one optimiser step; `first`: of its rollout."""
     recipe = parts.recipe
-    first = (step - 1) % recipe.updates_per_rollout == 0
-    waited = (row["time/rollout"] + row["time/reward"]) if first else 0.0
+    for warning in parts.health.observe(row, new_rollout=first):
+        parts.run.log_event("warning", f"step {step}: {warning}")
+        parts.console.log(f"warning: {warning}")
+    waits = [key for key in ("time/rollout", "time/reward", "time/anchor") if key in row]
+    waited = sum(row[key] for key in waits) if first else 0.0
     if not first:
-        row = {**row, "time/rollout": 0.0, "time/reward": 0.0, "replay_gap": float("nan")}
+        row = {**row, **dict.fromkeys(waits, 0.0), "replay_gap": float("nan")}
     share = recipe.samples_per_rollout / recipe.updates_per_rollout
     complete = {
         "step": step,
@@ -171,10 +212,19 @@ def examine(parts: Parts, step: int) -> None:
     parts.console.log(f"held-out at step {step}: {', '.join(means)}")
 
 
-def is_due(recipe: Recipe, step: int) -> bool:
-    """Whether the rollout that ended with `step` crossed a multiple of checkpoint.every, or the end."""
-    before = step - recipe.updates_per_rollout
+def is_due(recipe: Recipe, before: int, step: int) -> bool:
+    """Whether the rollout from `before` to `step` crossed a multiple of checkpoint.every, or the end."""
     return step == recipe.num_steps or step // recipe.checkpoint.every > before // recipe.checkpoint.every
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """A place between two rollouts."""
+
+    step: int
+    """Optimiser steps taken."""
+    rollout: int
+    """Rollouts taken; an early stop makes them more than steps / updates_per_rollout."""
 
 
 class StopSignal:
@@ -244,16 +294,20 @@ def assemble(recipe: Recipe, run: Run) -> Parts:
         exam=exam,
         run=run,
         console=make_console(distributed.rank() > 0, recipe.num_steps),
+        memory=Memory(recipe),
+        health=Health(recipe),
     )
 
 
-def start(parts: Parts, resume: str) -> int:
-    """Resume from a checkpoint or begin anew; returns the step to go on from."""
+def start(parts: Parts, resume: str) -> Position:
+    """Resume from a checkpoint or begin anew; returns where to go on from."""
     checkpoint = find_checkpoint(parts.run.path, resume, parts.console.log)
-    step = 0
+    step = index = 0
     if checkpoint is not None:
         parts.engine.load(checkpoint / "trainer")
-        step = load_state(checkpoint)["step"]
+        state = load_state(checkpoint)
+        step, index = state["step"], state["rollout"]
+        parts.memory.restore(state["memory"])
         parts.policy.version = step
         parts.run.log_event("info", f"resumed from {checkpoint.name}")
         parts.console.log(f"resumed from {checkpoint}")
@@ -263,4 +317,4 @@ def start(parts: Parts, resume: str) -> int:
     parts.run.write_recipe(parts.recipe)
     if parts.exam and step == 0:
         examine(parts, 0)
-    return step
+    return Position(step=step, rollout=index)

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from unified_rl.metrics import StepMetrics
 from unified_rl.objectives import kl as divergence
-from unified_rl.objectives.policy_gradient import clip_fractions, policy_loss
+from unified_rl.objectives.correction import off_policy_keep
+from unified_rl.objectives.policy_gradient import MAX_LOG_RATIO, clip_fractions, policy_loss
 from unified_rl.protocols import Engine, Policy
-from unified_rl.transitions import gaussian
 from unified_rl.types import StepStats
 from unified_rl.windows import Window
 
@@ -20,48 +20,78 @@ def window_loss(policy: Policy, window: Window, metrics: StepMetrics, *, first_u
         first_update: nothing was trained since the rollout, so that replay must give the rollout's log-probs.
     """
     target, objective = window.target, window.target.objective
-    segment = target.segment.rows(window.rows)
-    mask = target.loss_mask[window.rows, window.steps]
-    reference = _reference_stats(policy, window) if objective.kl.coef > 0 else None
-    stats = policy.log_prob(target.name, segment, window.steps)
-    device = stats.log_probs.device
-    mask = mask.to(device)
-    rollout_log_probs = segment.rollout_log_probs[:, window.steps].to(device)
-    advantages = target.advantages[window.rows].to(stats.log_probs)[:, None].expand_as(stats.log_probs)
+    penalised = objective.kl.coef > 0 and objective.kl.place == "loss"
+    reference = _reference_stats(policy, window) if penalised else None
+    stats = policy.log_prob(target.name, target.segment.rows(window.rows), window.steps)
+    mask = target.loss_mask[window.rows, window.steps].to(stats.log_probs.device)
+    per_step = _policy_loss(stats, window, mask, metrics)
+    if reference is not None:
+        kl = divergence.between(stats, reference, objective.kl.estimator, mask)
+        per_step = per_step + target.kl_coef * kl
+        metrics.add("kl", kl, mask)
+    if stats.entropy is not None:
+        if target.entropy_coef > 0:
+            per_step = per_step - target.entropy_coef * stats.entropy.masked_fill(~mask, 0.0)
+        metrics.add("entropy", stats.entropy, mask)
+    num_steps = float(mask.sum())
+    metrics.num_steps += num_steps
+    if first_update and num_steps:
+        rollout = target.segment.rollout_log_probs[window.rows, window.steps].to(stats.log_probs.device)
+        gap = (stats.log_probs.detach() - rollout).abs()[mask].max()
+        metrics.replay_gap = max(metrics.replay_gap, float(gap))
+    loss = (per_step * target.weights[window.rows, window.steps].to(per_step)).sum()
+    metrics.loss += float(loss.detach())
+    return loss
+
+
+def _policy_loss(stats: StepStats, window: Window, mask: Tensor, metrics: StepMetrics) -> Tensor:
+    """[B, s] policy loss of a window, before the divergence and the entropy, 0 where masked."""
+    target, objective = window.target, window.target.objective
+    now = stats.log_probs
+    old = target.old_log_probs[window.rows, window.steps].to(now.device)
+    advantages = target.advantages[window.rows].to(now)[:, None].expand_as(now)
+    old_kl = step_std = None
+    if target.old_means is not None and stats.mean is not None and stats.std is not None:
+        old_means = target.old_means[window.rows, window.steps].to(stats.mean)
+        old_kl = divergence.gaussian_steps(stats.mean, old_means, stats.std)
+        step_std = stats.std.expand(stats.mean.shape).flatten(2).mean(2)
     result = policy_loss(
-        stats.log_probs,
-        rollout_log_probs,
+        now,
+        old,
         advantages,
         mask,
-        loss=objective.loss,
+        loss=target.loss,
         ratio_level=objective.ratio,
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
         dual_clip=objective.dual_clip,
         delta=objective.delta,
+        penalty_range=objective.penalty_range,
+        max_divergence=objective.max_divergence,
+        old_kl=old_kl,
+        step_std=step_std,
     )
     per_step = result.per_step
-    if reference is not None:
-        kl = _kl(stats, reference, objective.kl.estimator, mask)
-        per_step = per_step + objective.kl.coef * kl
-        metrics.add("kl", kl, mask)
-    if stats.entropy is not None:
-        if objective.entropy_coef > 0:
-            per_step = per_step - objective.entropy_coef * stats.entropy.masked_fill(~mask, 0.0)
-        metrics.add("entropy", stats.entropy, mask)
-    num_steps = float(mask.sum())
-    metrics.num_steps += num_steps
+    if objective.off_policy_mask is not None:
+        sampled = target.segment.rollout_log_probs[window.rows, window.steps].to(now.device)
+        keep = off_policy_keep(now, sampled, advantages, mask, objective.off_policy_mask)
+        per_step = per_step.masked_fill(~keep, 0.0)
+        metrics.add("off_policy_masked", (~keep).double(), mask)
+    if target.scale is not None:
+        scale = target.scale[window.rows, window.steps].to(per_step)
+        per_step = per_step * scale
+        metrics.add("correction/mean", scale, mask)
     if objective.loss == "clip":
         low, high = clip_fractions(result.ratio, advantages, mask, objective.clip_low, objective.clip_high)
-        metrics.sums["clip_fraction/low"] += float(low) * num_steps
-        metrics.sums["clip_fraction/high"] += float(high) * num_steps
+        metrics.sums["clip_fraction/low"] += float(low) * float(mask.sum())
+        metrics.sums["clip_fraction/high"] += float(high) * float(mask.sum())
+    if old_kl is not None:
+        metrics.add("old_kl", old_kl, mask)
+    moved = (now.detach() - old).masked_fill(~mask, 0.0)
+    metrics.add("update_kl", divergence.estimate(-moved, torch.zeros_like(moved), "k3"), mask)
+    metrics.add("ratio/overflow", (moved.abs() >= MAX_LOG_RATIO).double(), mask)
     metrics.add("ratio/mean", result.ratio, mask)
-    if first_update and num_steps:
-        gap = (stats.log_probs.detach() - rollout_log_probs).abs()[mask].max()
-        metrics.replay_gap = max(metrics.replay_gap, float(gap))
-    loss = (per_step * target.weights[window.rows, window.steps].to(per_step)).sum()
-    metrics.loss += float(loss.detach())
-    return loss
+    return per_step
 
 
 def update(policy: Policy, engine: Engine, windows: list[Window], *, first_update: bool) -> dict[str, float]:
@@ -80,18 +110,3 @@ def update(policy: Policy, engine: Engine, windows: list[Window], *, first_updat
 def _reference_stats(policy: Policy, window: Window) -> StepStats:
     with policy.reference():
         return policy.log_prob(window.target.name, window.target.segment.rows(window.rows), window.steps)
-
-
-def _kl(stats: StepStats, reference: StepStats, estimator: str, mask: Tensor) -> Tensor:
-    """[B, s] divergence from the reference, 0 where masked."""
-    if estimator == "gaussian":
-        if stats.mean is None or stats.std is None or reference.mean is None:
-            raise ValueError("the gaussian KL needs a policy with Gaussian steps; use k3")
-        columns = [
-            gaussian.kl(stats.mean[:, step], reference.mean[:, step], stats.std[:, step])
-            for step in range(stats.mean.shape[1])
-        ]
-        return torch.stack(columns, dim=1).masked_fill(~mask, 0.0)
-    now = stats.log_probs.masked_fill(~mask, 0.0)
-    then = reference.log_probs.masked_fill(~mask, 0.0)
-    return divergence.estimate(now, then, estimator)  # type: ignore[arg-type]

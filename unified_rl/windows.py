@@ -5,7 +5,6 @@ all processes. A window is then only a slice of them, so that neither its size n
 gradient.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,11 @@ import torch
 from torch import Tensor
 
 from unified_rl.engine import distributed
+from unified_rl.imports import load_import
 from unified_rl.objectives import aggregate
+from unified_rl.objectives.correction import entropy_threshold, importance_weights
+from unified_rl.objectives.policy_gradient import LossFunction
+from unified_rl.prepare import Prepared, spans
 from unified_rl.protocols import Policy
 from unified_rl.recipe import Objective, Recipe
 from unified_rl.types import Segment
@@ -26,8 +29,19 @@ class Target:
     name: str
     segment: Segment
     objective: Objective
+    loss: str | LossFunction
+    """A name of ours, or the function that the recipe imports."""
+    kl_coef: float
+    entropy_coef: float
+    """Of this update: fixed, or as their controllers have them now."""
     advantages: Tensor
     """[N]."""
+    old_log_probs: Tensor
+    """The ratio's denominator."""
+    old_means: Tensor | None
+    """[N, S, ...] of Gaussian steps, for the losses that compare them."""
+    scale: Tensor | None
+    """Factor of each step's policy loss (importance correction, entropy mask), which no denominator counts; None: 1."""
     loss_mask: Tensor
     """bool: the trained steps of this optimiser step."""
     weights: Tensor
@@ -43,60 +57,81 @@ class Window:
     steps: slice
 
 
-def trained_rows(num_rows: int, minibatch: int, minibatches: int) -> range:
-    """The rows of one minibatch: every `minibatches`-th, so that each holds members of every group."""
-    return range(minibatch, num_rows, minibatches)
-
-
-def chosen_steps(segment: Segment, objective: Objective, rng: random.Random) -> list[int]:
-    """The steps of an update: those with a random decision in any row, or `train_steps` of them drawn by `rng`.
-
-    With several processes, `rng` is seeded alike everywhere and only fixed-length segments may draw.
-    """
-    stochastic = segment.loss_mask.any(0).nonzero().flatten().tolist()
-    if objective.train_steps is None or objective.train_steps >= len(stochastic):
-        return stochastic
-    return sorted(rng.sample(stochastic, objective.train_steps))
-
-
 def make_target(
-    name: str, segment: Segment, objective: Objective, advantages: Tensor, valid: Tensor, *, rows: range,
-    steps: Sequence[int], max_steps: int,
-) -> Target:  # fmt: skip
+    prepared: Prepared, *, rows: range, steps: Sequence[int], max_steps: int, kl_coef: float, entropy_coef: float
+) -> Target:
     """Mask and weights of one segment for one optimiser step.
 
     Args:
-        advantages: [N].
-        valid: [N] bool: rows whose reward counts; the others carry no loss at all.
         rows, steps: what this optimiser step trains.
         max_steps: the most steps that a trajectory can have, for the constant aggregation.
+        kl_coef, entropy_coef: of this optimiser step.
     """
+    segment, objective, anchor = prepared.segment, prepared.objective, prepared.anchor
     chosen = torch.zeros_like(segment.loss_mask)
     chosen[rows.start : rows.stop : rows.step] = True
     in_steps = torch.zeros(segment.loss_mask.shape[1], dtype=torch.bool)
     in_steps[list(steps)] = True
-    mask = segment.loss_mask & chosen & in_steps & valid[:, None]
+    mask = segment.loss_mask & chosen & in_steps & prepared.valid[:, None]
     num_steps, num_sequences = distributed.sum_over_ranks(aggregate.counts(mask))
     limit = max_steps if objective.train_steps is None else min(max_steps, objective.train_steps)
     weights = aggregate.weights(
         mask, objective.aggregation, num_steps=num_steps, num_sequences=num_sequences, max_length=limit
     )
+    recomputed = anchor is not None and objective.old_log_probs == "recompute"
     return Target(
-        name=name, segment=segment, objective=objective, advantages=advantages, loss_mask=mask, weights=weights
+        name=prepared.name,
+        segment=segment,
+        objective=objective,
+        loss=load_import(objective.loss, "objective.loss") if ":" in objective.loss else objective.loss,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        advantages=prepared.advantages,
+        old_log_probs=anchor.log_probs if anchor is not None and recomputed else segment.rollout_log_probs,
+        old_means=anchor.means if anchor is not None else None,
+        scale=_scale(prepared, mask),
+        loss_mask=mask,
+        weights=weights,
     )
 
 
+def _scale(prepared: Prepared, mask: Tensor) -> Tensor | None:
+    """[N, S] factor of the policy loss from the anchor, or None where nothing asks for one.
+
+    Args:
+        mask: [N, S] bool: the trained steps.
+    """
+    objective, anchor = prepared.objective, prepared.anchor
+    scale = None
+    if anchor is None:
+        return None
+    if objective.correction.mode != "none":
+        # Of the whole sequence, also where this update trains only some of its steps.
+        scale = importance_weights(
+            anchor.log_probs,
+            prepared.segment.rollout_log_probs,
+            prepared.segment.loss_mask,
+            **objective.correction.model_dump(),
+        )
+    if objective.top_entropy < 1 and anchor.entropy is not None:
+        entropy = anchor.entropy.masked_fill(~mask, torch.nan)
+        width = int(distributed.max_over_ranks([float(entropy.shape[1])])[0])
+        padded = torch.nn.functional.pad(entropy, (0, width - entropy.shape[1]), value=torch.nan)
+        threshold = entropy_threshold(distributed.gather_rows(padded).flatten(), objective.top_entropy)
+        kept = (anchor.entropy.double() >= threshold).to(anchor.entropy.dtype)
+        scale = kept if scale is None else scale * kept
+    return scale
+
+
 def cut(target: Target, policy: Policy, recipe: Recipe, rows: range, steps: Sequence[int]) -> list[Window]:
-    """The windows of a target: rows by `engine.micro_batch`, steps as many as the policy evaluates in one forward.
+    """The windows of a target; see `spans`.
 
     Every process cuts the same number of windows: its rows are as many as every other's.
     """
-    size = recipe.engine.micro_batch
-    at_once = policy.steps_per_forward[target.name]
-    runs = [slice(None)] if at_once is None else [slice(step, step + 1) for step in steps]
-    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [
-        Window(target=target, rows=slice(chunk.start, chunk.stop, chunk.step), steps=run)
-        for run in runs
-        for chunk in chunks
-    ]
+    parts = spans(
+        rows,
+        steps,
+        micro_batch=recipe.engine.micro_batch,
+        steps_per_forward=policy.steps_per_forward[target.name],
+    )
+    return [Window(target=target, rows=part, steps=run) for part, run in parts]

@@ -54,7 +54,22 @@ def test_files_and_functions_stay_short(path: Path):
             assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} at line {node.lineno}"
 
 
-@pytest.mark.parametrize("name", ["train", "update", "windows", "rollout", "evaluate", "metrics", "advantages"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train",
+        "update",
+        "windows",
+        "prepare",
+        "memory",
+        "health",
+        "resample",
+        "rollout",
+        "evaluate",
+        "metrics",
+        "advantages",
+    ],
+)
 def test_the_trainer_does_not_know_families(name: str):
     """Nothing on the shared path asks which family a policy is, or what its segments are called."""
     tree = ast.parse((ROOT / "unified_rl" / f"{name}.py").read_text(encoding="utf-8"))

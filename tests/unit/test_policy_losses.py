@@ -9,17 +9,22 @@ from oracle_files import load
 from torch import Tensor
 
 from unified_rl.objectives import aggregate, kl
+from unified_rl.objectives.correction import off_policy_keep
 from unified_rl.objectives.policy_gradient import (
     LOSSES,
     cispo_loss,
     clip_fractions,
     clip_loss,
+    dppo_loss,
     log_ratios,
+    penalty_loss,
     policy_loss,
     sapo_loss,
 )
 
 TRL, ARRAYS = load("trl_policy_losses")
+# For losses of Gaussian steps: nothing has moved yet, and a std that scales nothing.
+GAUSSIAN = {"old_kl": torch.zeros(1, 1), "step_std": torch.ones(1, 1)}
 
 # TRL's loss types in our keys: the loss, and the aggregation that one process without accumulation has.
 LOSS_TYPES: dict[str, tuple[str, aggregate.Aggregation]] = {
@@ -31,12 +36,11 @@ LOSS_TYPES: dict[str, tuple[str, aggregate.Aggregation]] = {
     "cispo": ("cispo", "token_mean"),
     "sapo": ("sapo", "sequence_mean"),
 }
-# VESPO and the off-policy sequence mask are not implemented (the mask of that case masks nothing).
-CASES = [case for case in TRL["cases"] if case["loss_type"] != "vespo" and "off_policy_mask_threshold" not in case]
+CASES = [case for case in TRL["cases"] if case["loss_type"] != "vespo"]  # which is not implemented
 
 
 def test_number_of_oracle_cases() -> None:
-    assert len(CASES) == 25 and len(TRL["cases"]) == 27
+    assert len(CASES) == 26 and len(TRL["cases"]) == 27
 
 
 def trl_loss(case: dict[str, Any], log_probs: Tensor) -> Tensor:
@@ -54,6 +58,11 @@ def trl_loss(case: dict[str, Any], log_probs: Tensor) -> Tensor:
         clip_high=case.get("eps_high", clip_low),
         delta=case.get("delta"),
     ).per_step
+    if "off_policy_mask_threshold" in case:
+        advantages = ARRAYS["advantages"].unsqueeze(1).expand(log_probs.shape)
+        threshold = case["off_policy_mask_threshold"]
+        keep = off_policy_keep(log_probs, ARRAYS["old_log_probs"], advantages, loss_mask, threshold)
+        per_step = per_step.masked_fill(~keep, 0.0)
     per_step = per_step + case.get("beta", 0.0) * kl.estimate(log_probs, ARRAYS["ref_log_probs"], "k3")
     num_steps, num_sequences = aggregate.counts(loss_mask)
     weights = aggregate.weights(
@@ -112,6 +121,99 @@ def test_sapo_loss_by_hand() -> None:
     torch.testing.assert_close(sapo_loss(ratio, advantages), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_penalty_losses_by_hand() -> None:
+    ratio = torch.tensor([[1.5, 1.5, 0.5]], requires_grad=True)
+    advantages, weight = torch.tensor([[1.0, -2.0, 1.0]]), torch.tensor([[0.1, 0.5, 1.0]])
+    spo = penalty_loss(ratio, advantages, 0.2)
+    # |A| (r - 1)^2 / 0.4 = 0.625, 1.25, 0.625; its gradient |A| (r - 1) / 0.2 = 2.5, 5, -2.5.
+    torch.testing.assert_close(spo, torch.tensor([[-0.875, 4.25, 0.125]]))
+    torch.testing.assert_close(torch.autograd.grad(spo.sum(), ratio)[0], torch.tensor([[1.5, 7.0, -3.5]]))
+    drpo = penalty_loss(ratio, advantages, 0.2, weight)
+    torch.testing.assert_close(drpo, torch.tensor([[-1.4375, 3.625, 0.125]]))
+    torch.testing.assert_close(torch.autograd.grad(drpo.sum(), ratio)[0], torch.tensor([[-0.75, 4.5, -3.5]]))
+    at_the_edge = torch.tensor([[1.2]], requires_grad=True)
+    penalty_loss(at_the_edge, torch.tensor([[3.0]]), 0.2).backward()
+    assert at_the_edge.grad is not None and float(at_the_edge.grad) == pytest.approx(0.0, abs=1e-5)
+
+
+def one_step(loss: Any, log_prob: float, old: float, advantage: float, **more: Any) -> tuple[float, float]:
+    """Loss and gradient of a single step."""
+    log_probs = torch.tensor([[log_prob]], dtype=torch.float64, requires_grad=True)
+    arguments: dict[str, Any] = {"ratio_level": "token", "clip_low": 0.2, "clip_high": 0.2, **GAUSSIAN, **more}
+    old_log_probs, advantages = torch.tensor([[old]]).double(), torch.tensor([[advantage]]).double()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    out = policy_loss(log_probs, old_log_probs, advantages, mask, loss=loss, **arguments).per_step.sum()
+    out.backward()
+    assert log_probs.grad is not None
+    return float(out.detach()), float(log_probs.grad)
+
+
+def test_reinforce_and_drpo_by_hand() -> None:
+    assert one_step("reinforce", -0.7, -3.0, 2.0, ratio_level="none") == pytest.approx((1.4, -2.0))
+    # pi 0.3 against mu 0.2, ratio 1.5: the gradient's weight is 1 - (0.3 - 0.2) / 0.5 = 0.8.
+    loss, gradient = one_step("drpo", math.log(0.3), math.log(0.2), 2.0, penalty_range=0.5)
+    assert loss == pytest.approx(-3.0 + 2.0 * 0.2 * 0.25 / 1.0) and gradient == pytest.approx(-2.0 * 1.5 * 0.8)
+
+
+def test_dppo_by_hand() -> None:
+    ratio = torch.tensor([[1.1, 1.1, 0.9, 0.9, 1.1]], requires_grad=True)
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0]])
+    old_kl = torch.tensor([[2e-5, 2e-5, 2e-5, 2e-5, 5e-6]])
+    loss = dppo_loss(ratio, advantages, old_kl, 1e-5)
+    torch.testing.assert_close(loss, torch.tensor([[0.0, 1.1, -0.9, 0.0, -1.1]]))
+    loss.sum().backward()
+    assert ratio.grad is not None and ratio.grad.tolist() == [[0.0, 1.0, -1.0, 0.0, -1.0]]
+
+
+def test_guard_is_the_inner_product_of_noise_and_shift() -> None:
+    """(log ratio + KL) * std of a Gaussian step is mean(z * (mean - old mean)), exactly."""
+    torch.manual_seed(0)
+    old_mean, noise, std = torch.randn(1, 8).double(), torch.randn(1, 8).double(), 0.3
+    mean = (old_mean + 0.1 * torch.randn(1, 8)).requires_grad_()
+    reached = old_mean + std * noise
+
+    def log_prob(at: Tensor) -> Tensor:
+        return (-0.5 * ((reached - at) / std).square()).mean(1, keepdim=True)
+
+    out = policy_loss(
+        log_prob(mean),
+        log_prob(old_mean),
+        torch.full((1, 1), 2.0).double(),
+        torch.ones(1, 1, dtype=torch.bool),
+        loss="guard",
+        ratio_level="token",
+        clip_low=0.2,
+        clip_high=0.2,
+        old_kl=(0.5 * ((mean - old_mean) / std).square()).mean(1, keepdim=True),
+        step_std=torch.tensor([[std]]),
+    )
+    expected = -2.0 * (noise * (mean - old_mean)).mean(1, keepdim=True).exp()
+    torch.testing.assert_close(out.per_step, expected, rtol=1e-6, atol=1e-8)
+    gradient = torch.autograd.grad(out.per_step.sum(), mean)[0]
+    torch.testing.assert_close(gradient, expected * noise / 8, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", ["guard", "dppo"])
+def test_losses_of_gaussian_steps_say_what_they_miss(loss: str) -> None:
+    with pytest.raises(ValueError, match="needs Gaussian steps"):
+        one_step(loss, -1.0, -1.0, 1.0, old_kl=None)
+
+
+def test_a_loss_from_elsewhere() -> None:
+    assert one_step(lambda terms: terms.ratio * terms.advantages, 0.0, -math.log(2), 3.0) == pytest.approx((6.0, 6.0))
+
+
+def test_sequence_token_has_the_value_of_the_sequence_and_the_gradient_of_the_step() -> None:
+    log_probs = torch.tensor([[-1.0, -1.0, -9.0]], requires_grad=True)
+    old, mask = torch.tensor([[-1.5, -2.5, 0.0]]), torch.tensor([[True, True, False]])
+    got = log_ratios(log_probs, old, mask, "sequence_token")
+    assert got[0, :2].tolist() == [1.0, 1.0]
+    # Weights 1 and 3 tell steps apart: a sequence's ratio would give both steps their mean, 2.
+    (got * torch.tensor([[1.0, 3.0, 0.0]])).sum().backward()
+    assert log_probs.grad is not None and log_probs.grad.tolist() == [[1.0, 3.0, 0.0]]
+    assert log_ratios(log_probs, old, mask, "none").eq(0.0).all()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_on_policy_every_loss_has_the_gradient_of_reinforce(loss: Any) -> None:
     log_probs = torch.tensor([[-1.0, -2.0], [-3.0, -0.1]], requires_grad=True)
@@ -125,6 +227,7 @@ def test_on_policy_every_loss_has_the_gradient_of_reinforce(loss: Any) -> None:
         ratio_level="token",
         clip_low=0.2,
         clip_high=5.0,
+        **GAUSSIAN,
     )
     out.per_step.sum().backward()
     torch.testing.assert_close(log_probs.grad, -advantages)
@@ -135,7 +238,7 @@ def test_on_policy_every_loss_has_the_gradient_of_reinforce(loss: Any) -> None:
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_masked_steps_are_ignored_whatever_they_hold(loss: Any, level: Any) -> None:
     loss_mask = torch.tensor([[True, True, False, False], [False, False, False, False]])
-    arguments = {"loss": loss, "ratio_level": level, "clip_low": 0.2, "clip_high": 0.2}
+    arguments: dict[str, Any] = {"loss": loss, "ratio_level": level, "clip_low": 0.2, "clip_high": 0.2, **GAUSSIAN}
     log_probs = torch.tensor([[-1.0, -2.0, -math.inf, math.nan]] * 2, requires_grad=True)
     old_log_probs = torch.tensor([[-1.1, -1.8, -math.inf, 0.0]] * 2)
     advantages = torch.tensor([[1.0, 1.0, math.nan, 1.0]] * 2)
@@ -180,6 +283,7 @@ def test_gradients_flow_into_log_probs_only(loss: Any) -> None:
         ratio_level="token",
         clip_low=0.2,
         clip_high=5.0,
+        **GAUSSIAN,
     )
     out.per_step.sum().backward()
     assert log_probs.grad is not None and old_log_probs.grad is None and advantages.grad is None

@@ -5,7 +5,11 @@ Gaussian steps have it in closed form: `transitions.gaussian.kl`.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from unified_rl.transitions import gaussian
+from unified_rl.types import StepStats
 
 Estimator = Literal["k1", "k2", "k3"]
 
@@ -40,3 +44,32 @@ def estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: Estimator) -> 
         # expm1: exp(d) - 1 - d cancels to nothing in float32 where the policies are close.
         return difference.expm1() - difference
     raise ValueError(f"KL estimator {estimator!r}; known: k1, k2, k3")
+
+
+def between(stats: StepStats, reference: StepStats, estimator: str, loss_mask: Tensor) -> Tensor:
+    """Divergence of two evaluations of the same steps.
+
+    Args:
+        stats, reference: of B rows and s steps; gradients flow into `stats` and, where they exist, `reference`.
+        estimator: one of `Estimator`, or gaussian: exact, from the means (mean over dims).
+        loss_mask: [B, s] bool.
+
+    Returns:
+        [B, s], 0 where masked.
+
+    Raises:
+        ValueError: for the gaussian estimator without means.
+    """
+    if estimator == "gaussian":
+        if stats.mean is None or stats.std is None or reference.mean is None:
+            raise ValueError("the gaussian KL needs a policy with Gaussian steps; use k3")
+        return gaussian_steps(stats.mean, reference.mean, stats.std).masked_fill(~loss_mask, 0.0)
+    now = stats.log_probs.masked_fill(~loss_mask, 0.0)
+    then = reference.log_probs.masked_fill(~loss_mask, 0.0)
+    return estimate(now, then, estimator)  # type: ignore[arg-type]
+
+
+def gaussian_steps(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
+    """`gaussian.kl` of each of s steps: [B, s, ...], [B, s, ...] and a std that broadcasts to them, to [B, s]."""
+    columns = [gaussian.kl(mean[:, step], ref_mean[:, step], std[:, step]) for step in range(mean.shape[1])]
+    return torch.stack(columns, dim=1)

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-RatioLevel = Literal["token", "sequence"]
-Loss = Literal["clip", "cispo", "sapo"]
+RatioLevel = Literal["token", "sequence", "sequence_token", "none"]
+Loss = Literal["clip", "cispo", "sapo", "reinforce", "drpo", "spo", "guard", "dppo"]
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +- this many nats (ratio 2e-9 to 4.9e8), so that exp cannot overflow; beyond it the
@@ -32,23 +32,52 @@ class PolicyLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTerms:
-    """What a loss of single steps may use."""
+    """What a loss of single steps may use; all tensors [B, S], finite at masked steps."""
 
     log_probs: Tensor
+    old_log_probs: Tensor
+    """Without gradient."""
     ratio: Tensor
     advantages: Tensor
+    """Without gradient."""
     clip_low: float
     clip_high: float
     dual_clip: float | None
     delta: float | None
+    penalty_range: float
+    max_divergence: float
+    old_kl: Tensor | None
+    """Exact divergence from the old policy, for Gaussian steps (mean over dims)."""
+    step_std: Tensor | None
+    """Full standard deviation of Gaussian steps, without gradient."""
+
+    def gaussian(self) -> tuple[Tensor, Tensor]:
+        """`old_kl` and `step_std`, for a loss of Gaussian steps.
+
+        Raises:
+            ValueError: if the steps are not Gaussian.
+        """
+        if self.old_kl is None or self.step_std is None:
+            raise ValueError("this loss needs Gaussian steps (a denoiser) and the old policy's means")
+        return self.old_kl, self.step_std
 
 
-LOSSES: dict[str, Callable[[StepTerms], Tensor]] = {
+LossFunction = Callable[[StepTerms], Tensor]
+"""Terms to losses [B, S]; values at masked steps are ignored."""
+
+LOSSES: dict[str, LossFunction] = {
     "clip": lambda terms: clip_loss(
         terms.ratio, terms.advantages, terms.clip_low, terms.clip_high, terms.dual_clip, terms.delta
     ),
     "cispo": lambda terms: cispo_loss(terms.log_probs, terms.ratio, terms.advantages, terms.clip_high),
     "sapo": lambda terms: sapo_loss(terms.ratio, terms.advantages),
+    "reinforce": lambda terms: -terms.advantages * terms.log_probs,
+    "drpo": lambda terms: penalty_loss(
+        terms.ratio, terms.advantages, terms.penalty_range, weight=terms.old_log_probs.clamp(max=MAX_LOG_RATIO).exp()
+    ),
+    "spo": lambda terms: penalty_loss(terms.ratio, terms.advantages, terms.penalty_range),
+    "guard": lambda terms: clip_loss(guard_ratio(terms), terms.advantages, terms.clip_low, terms.clip_high),
+    "dppo": lambda terms: dppo_loss(terms.ratio, terms.advantages, terms.gaussian()[0], terms.max_divergence),
 }
 
 
@@ -58,12 +87,16 @@ def policy_loss(
     advantages: Tensor,
     loss_mask: Tensor,
     *,
-    loss: Loss,
+    loss: str | LossFunction,
     ratio_level: RatioLevel,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
     delta: float | None = None,
+    penalty_range: float = 0.2,
+    max_divergence: float = 1e-5,
+    old_kl: Tensor | None = None,
+    step_std: Tensor | None = None,
 ) -> PolicyLoss:
     """Policy loss of each step.
 
@@ -71,27 +104,35 @@ def policy_loss(
         log_probs, old_log_probs, advantages: [B, S]; gradients flow into log_probs only. Values at masked steps are
             ignored, whatever they are.
         loss_mask: [B, S] bool.
-        loss: a key of LOSSES.
+        loss: a key of LOSSES, or a function of `StepTerms` from elsewhere.
         ratio_level: see `log_ratios`.
-        clip_low, clip_high, dual_clip, delta: see the losses; those that a loss has no use for are ignored.
+        clip_low, clip_high, dual_clip, delta, penalty_range, max_divergence: see the losses; those that a loss has no
+            use for are ignored.
+        old_kl, step_std: [B, S], for the losses of Gaussian steps; see `StepTerms`.
 
     Raises:
         ValueError: for an unknown loss or ratio level.
     """
     assert log_probs.shape == advantages.shape, f"log_probs {tuple(log_probs.shape)}, advantages {advantages.shape}"
-    if loss not in LOSSES:
+    if isinstance(loss, str) and loss not in LOSSES:
         raise ValueError(f"loss {loss!r}; known: {', '.join(LOSSES)}")
+    function = LOSSES[loss] if isinstance(loss, str) else loss
     ratio = log_ratios(log_probs, old_log_probs, loss_mask, ratio_level).exp()
     terms = StepTerms(
         log_probs=log_probs.masked_fill(~loss_mask, 0.0),
+        old_log_probs=old_log_probs.detach().masked_fill(~loss_mask, 0.0),
         ratio=ratio,
         advantages=advantages.detach().masked_fill(~loss_mask, 0.0),
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
         delta=delta,
+        penalty_range=penalty_range,
+        max_divergence=max_divergence,
+        old_kl=None if old_kl is None else old_kl.masked_fill(~loss_mask, 0.0),
+        step_std=None if step_std is None else step_std.detach().expand_as(ratio).masked_fill(~loss_mask, 1.0),
     )
-    per_step = LOSSES[loss](terms).masked_fill(~loss_mask, 0.0)
+    per_step = function(terms).masked_fill(~loss_mask, 0.0)
     return PolicyLoss(per_step=per_step, ratio=ratio.masked_fill(~loss_mask, 1.0))
 
 
@@ -99,7 +140,8 @@ def log_ratios(log_probs: Tensor, old_log_probs: Tensor, loss_mask: Tensor, leve
     """log(policy / old policy) of each step, clamped to +-MAX_LOG_RATIO.
 
     token: of the step alone. sequence: the mean over the row's unmasked steps, the same for all of them (GSPO, Zheng et
-    al. 2025, arXiv 2507.18071, eq. 7); the rows must then hold all their steps, not a window of them.
+    al. 2025, arXiv 2507.18071, eq. 7); the rows must then hold all their steps, not a window of them. sequence_token:
+    the same value, but each step has the gradient of its own log-prob (GSPO-token, eq. 13). none: 0, a ratio of 1.
 
     Args:
         log_probs, old_log_probs: [B, S]; the old ones are taken as constants.
@@ -115,11 +157,14 @@ def log_ratios(log_probs: Tensor, old_log_probs: Tensor, loss_mask: Tensor, leve
     assert log_probs.ndim == 2 and old_log_probs.shape == shape, f"{tuple(shape)} and {tuple(old_log_probs.shape)}"
     assert loss_mask.shape == shape and loss_mask.dtype == torch.bool, "loss_mask must be a boolean [B, S]"
     log_ratio = (log_probs - old_log_probs.detach()).masked_fill(~loss_mask, 0.0)
-    if level == "sequence":
+    if level in ("sequence", "sequence_token"):
         num_steps = loss_mask.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = (log_ratio.sum(1, keepdim=True) / num_steps).expand(shape)
+        mean = (log_ratio.sum(1, keepdim=True) / num_steps).expand(shape)
+        log_ratio = mean if level == "sequence" else mean.detach() + (log_ratio - log_ratio.detach())
+    elif level == "none":
+        log_ratio = torch.zeros_like(log_ratio).detach()
     elif level != "token":
-        raise ValueError(f"ratio level {level!r}; known: token, sequence")
+        raise ValueError(f"ratio level {level!r}; known: token, sequence, sequence_token, none")
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -179,6 +224,55 @@ def sapo_loss(
     """
     temperature = torch.where(advantages > 0, temperature_positive, temperature_negative).to(ratio)
     return -(4.0 / temperature) * torch.sigmoid(temperature * (ratio - 1.0)) * advantages
+
+
+def penalty_loss(ratio: Tensor, advantages: Tensor, penalty_range: float, weight: Tensor | None = None) -> Tensor:
+    """-ratio * A + weight * |A| * (ratio - 1)^2 / (2 * penalty_range): a quadratic pull to 1 in place of the clip.
+
+    Without a weight: SPO (Xie et al. 2024, arXiv 2401.16025, eq. 11), whose minimum for A > 0 lies at
+    1 + penalty_range. With the old policy's probability of the step as the weight the gradient is scaled by
+    1 - sign(A) * (probability - old probability) / penalty_range, so that rare tokens may move far: UniRL's DRPO
+    (penalty_range 12.5), verl's spo_adaptive_eps.
+
+    Args:
+        ratio, advantages: [B, S].
+        penalty_range: above 0.
+        weight: [B, S] constant, or None for 1.
+
+    Returns:
+        [B, S].
+    """
+    penalty = advantages.abs() * (ratio - 1.0).square() / (2.0 * penalty_range)
+    return -ratio * advantages + (penalty if weight is None else penalty * weight)
+
+
+def guard_ratio(terms: StepTerms) -> Tensor:
+    """exp((log ratio + KL(old, now)) * std): the ratio of a Gaussian step with its bias and its scale removed.
+
+    A Gaussian log-ratio has mean -KL under the old policy and shrinks with the step's std, so that a fixed clip range
+    cuts early steps more than late ones: GRPO-Guard's RatioNorm (Wang et al. 2025, arXiv 2510.22319). On-policy its
+    gradient is std times REINFORCE's. The paper also divides the loss by the step's dt, which is left out here, as
+    Flow-Factory does.
+    """
+    old_kl, step_std = terms.gaussian()
+    log_ratio = terms.ratio.log() + old_kl
+    return (log_ratio * step_std).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def dppo_loss(ratio: Tensor, advantages: Tensor, old_kl: Tensor, max_divergence: float) -> Tensor:
+    """-ratio * A, but 0 where the step has left the trust region and would go on outwards.
+
+    Left: divergence from the old policy of at least `max_divergence`. Outwards: ratio > 1 with A > 0, or ratio < 1 with
+    A < 0. Flow-DPPO (Ping et al. 2026, arXiv 2606.11025): the exact divergence in place of a noisy single ratio.
+
+    Args:
+        ratio, advantages, old_kl: [B, S].
+
+    Returns:
+        [B, S].
+    """
+    outwards = ((ratio > 1.0) & (advantages > 0)) | ((ratio < 1.0) & (advantages < 0))
+    return (-ratio * advantages).masked_fill((old_kl.detach() >= max_divergence) & outwards, 0.0)
 
 
 def clip_fractions(

@@ -35,7 +35,10 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
             block,
             evaluation=TextSampling.model_validate(settings),
             with_reference=with_reference,
-            entropy_gradient=any(objective.entropy_coef > 0 for objective in recipe.objective.values()),
+            entropy_gradient=any(
+                objective.entropy_coef > 0 or objective.entropy_target is not None
+                for objective in recipe.objective.values()
+            ),
             device=device,
         )
     except OSError as error:  # what both libraries raise for a missing or unreadable checkpoint

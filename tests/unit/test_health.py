@@ -1,0 +1,74 @@
+"""Health warnings: each cause once, gone and back again, and none for a healthy run."""
+
+from pathlib import Path
+
+import pytest
+from toys import Bandit, build_parts
+
+from unified_rl.health import PATIENCE, Health
+from unified_rl.tracking import read_jsonl
+from unified_rl.train import Position, StopSignal, run_loop
+
+GOOD = {
+    "frac_reward_zero_std": 0.2,
+    "frac_samples_with_gradient": 0.8,
+    "replay_gap": 1e-7,
+    "entropy": 2.0,
+    "kl": 0.01,
+    "update_kl": 1e-4,
+    "ratio/overflow": 0.0,
+}
+
+
+def health(tmp_path: Path, **changes) -> Health:
+    return Health(build_parts(tmp_path, Bandit([0.0, 0.0]), **{"epochs": 2, **changes}).recipe)
+
+
+def test_a_healthy_run_is_left_alone(tmp_path):
+    watch = health(tmp_path)
+    assert [watch.observe(GOOD, new_rollout=index % 2 == 0) for index in range(20)] == [[]] * 20
+
+
+@pytest.mark.parametrize(
+    ("sick", "message"),
+    [
+        ({"replay_gap": 0.07}, "the clip range 0.2 is under 3 times the replay gap 7.0e-02"),
+        ({"frac_samples_with_gradient": 0.0}, "no sample has an advantage although rewards differ"),
+        ({"entropy": 0.19}, "entropy collapsed from 2 to 0.19 nats a step"),
+        ({"kl": 1.5}, "kl is 1.5 nats a step: the policy runs away from the reference"),
+        ({"update_kl": 1.5}, "update_kl is 1.5 nats a step: the policy runs away from the rollout's policy"),
+        ({"ratio/overflow": 0.25}, "25 % of the log-ratios were beyond +-20 nats"),
+    ],
+)
+def test_each_cause_is_told_once_until_it_went_away(tmp_path, sick, message):
+    watch = health(tmp_path)
+    assert watch.observe(GOOD, new_rollout=True) == []
+    (warning,) = watch.observe({**GOOD, **sick}, new_rollout=True)
+    assert warning.startswith(message)
+    assert watch.observe({**GOOD, **sick}, new_rollout=True) == []
+    assert watch.observe(GOOD, new_rollout=True) == []
+    assert len(watch.observe({**GOOD, **sick}, new_rollout=True)) == 1
+
+
+def test_the_clip_range_does_not_matter_on_policy(tmp_path):
+    watch = health(tmp_path, epochs=1)
+    assert watch.observe({**GOOD, "replay_gap": 0.07}, new_rollout=True) == []
+
+
+def test_equal_rewards_are_told_after_some_rollouts(tmp_path):
+    watch = health(tmp_path)
+    flat = {**GOOD, "frac_reward_zero_std": 1.0, "frac_samples_with_gradient": 0.0}
+    told = []
+    for _ in range(PATIENCE + 3):
+        told.append(len(watch.observe(flat, new_rollout=True)))
+        assert watch.observe(flat, new_rollout=False) == []  # the second update of the same rollout
+    assert told == [0] * (PATIENCE - 1) + [1, 0, 0, 0]
+
+
+def test_warnings_reach_the_events_of_a_run(tmp_path):
+    # Arm 0 is certain: all rewards are equal in every rollout.
+    parts = build_parts(tmp_path, Bandit([60.0, 0.0]), num_steps=PATIENCE + 1)
+    run_loop(parts, Position(step=0, rollout=0), StopSignal())
+    (event,) = read_jsonl(parts.run.path / "events.jsonl")
+    assert event["level"] == "warning"
+    assert event["message"].startswith(f"step {PATIENCE}: all rewards of each group were equal in {PATIENCE} rollouts")

@@ -1,0 +1,75 @@
+"""Why a run does not learn: what the metrics of its steps say, as warnings for events.jsonl."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+from unified_rl.recipe import Recipe
+
+PATIENCE = 5
+"""Rollouts in a row without any difference between rewards before a warning."""
+NOISE_MARGIN = 3.0
+"""A clip range has to be this many times the replay gap, else it cuts rounding noise (verl-omni, pull request 291)."""
+ENTROPY_LEFT = 0.1
+"""Share of the run's first entropy below which it has collapsed."""
+MAX_KL = 1.0
+"""Nats a step from the reference, or from the start of the update, that no healthy run has."""
+
+
+class Health:
+    """Watches the rows of metrics.jsonl. A warning is given once, and again only after its cause went away."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        clipped = [objective for objective in recipe.objective.values() if objective.loss in ("clip", "guard")]
+        ranges = [min(objective.clip_low, objective.clip_high) for objective in clipped]
+        # With one update a rollout every ratio is 1, and no clip acts.
+        self._clip = min(ranges, default=math.inf) if recipe.updates_per_rollout > 1 else math.inf
+        self._flat = 0
+        self._first_entropy: float | None = None
+        self._told: set[str] = set()
+
+    def observe(self, row: Mapping[str, float], *, new_rollout: bool) -> list[str]:
+        """The warnings that a row adds.
+
+        Args:
+            new_rollout: the row is that of the first update of a rollout.
+        """
+        if new_rollout:
+            self._flat = self._flat + 1 if row.get("frac_reward_zero_std") == 1.0 else 0
+        entropy = row.get("entropy")
+        if self._first_entropy is None and entropy is not None:
+            self._first_entropy = entropy
+        found = dict(self._causes(row, new_rollout))
+        fresh = [message for cause, message in found.items() if cause not in self._told]
+        # The replay gap and the rewards are only known at a rollout's first update; later rows keep what they said.
+        kept = set() if new_rollout else self._told & {"noise", "flat", "gradient"}
+        self._told = set(found) | kept
+        return fresh
+
+    def _causes(self, row: Mapping[str, float], new_rollout: bool) -> Iterator[tuple[str, str]]:
+        if new_rollout:
+            yield from self._of_a_rollout(row)
+        entropy = row.get("entropy", math.inf)
+        if self._first_entropy and entropy < ENTROPY_LEFT * self._first_entropy:
+            message = (
+                f"entropy collapsed from {self._first_entropy:.3g} to {entropy:.3g} nats a step: samples of a group "
+            )
+            yield "entropy", message + "become alike; raise entropy_coef or kl.coef, or lower the learning rate"
+        for key, where in (("kl", "the reference"), ("update_kl", "the rollout's policy")):
+            if row.get(key, 0.0) > MAX_KL:
+                message = f"{key} is {row[key]:.3g} nats a step: the policy runs away from {where}; "
+                yield key, message + "lower the learning rate, raise kl.coef, or set stop_kl"
+        overflow = row.get("ratio/overflow", 0.0)
+        if overflow > 0.0:
+            message = f"{100 * overflow:.2g} % of the log-ratios were beyond +-20 nats and cut: "
+            yield "overflow", message + "these steps have no gradient; lower the learning rate"
+
+    def _of_a_rollout(self, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        gap = row.get("replay_gap", 0.0)
+        if gap * NOISE_MARGIN > self._clip:
+            message = f"the clip range {self._clip:g} is under {NOISE_MARGIN:g} times the replay gap {gap:.1e}: "
+            yield "noise", message + "rounding decides what is clipped; widen clip_low and clip_high, or use float32"
+        if self._flat >= PATIENCE:
+            message = f"all rewards of each group were equal in {self._flat} rollouts in a row: nothing can be learnt; "
+            yield "flat", message + "is the task too hard or too easy, or the sampling too cold?"
+        elif row.get("frac_samples_with_gradient", 1.0) == 0.0 and row.get("frac_reward_zero_std") != 1.0:
+            yield "gradient", "no sample has an advantage although rewards differ: this rollout teaches nothing"

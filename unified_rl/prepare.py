@@ -1,0 +1,192 @@
+"""What is known of a rollout before its first update: advantages, and where needed the policy's own view of it.
+
+The extra evaluation (the *anchor*) is only made for objectives that ask for it: recomputed old log-probs, means of
+Gaussian steps, entropies, or a divergence that goes into the reward.
+"""
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unified_rl.advantages import batch_advantages, gdpo_advantages, group_advantages, pass_k_advantages
+from unified_rl.engine import distributed
+from unified_rl.memory import Memory
+from unified_rl.objective_rules import GAUSSIAN_LOSSES
+from unified_rl.objectives import kl as divergence
+from unified_rl.protocols import Policy
+from unified_rl.recipe import Objective, Recipe
+from unified_rl.rollout import Rollout
+from unified_rl.types import Prompt, Segment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anchor:
+    """The policy at the start of a rollout's updates, without gradients, on the CPU."""
+
+    log_probs: Tensor
+    """[N, S]; the rollout's own at steps that were left out."""
+    entropy: Tensor | None
+    """[N, S] in nats, or None where the policy does not compute it."""
+    means: Tensor | None
+    """[N, S, ...] of Gaussian steps, for the losses that compare them; 0 at steps that were left out."""
+    kl: Tensor | None
+    """[N, S] from the reference, 0 where masked, if it goes into the reward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """One segment of a rollout with all that its updates share."""
+
+    name: str
+    segment: Segment
+    objective: Objective
+    advantages: Tensor
+    """[N] of this process."""
+    valid: Tensor
+    """[N] bool: rows whose reward counts; the others carry no loss at all."""
+    anchor: Anchor | None
+
+
+def spans(
+    rows: range, steps: Sequence[int], *, micro_batch: int, steps_per_forward: int | None
+) -> list[tuple[slice, slice]]:
+    """The (rows, steps) of each forward: rows by `micro_batch`, steps as many as the policy evaluates at once."""
+    runs = [slice(None)] if steps_per_forward is None else [slice(step, step + 1) for step in steps]
+    chunks = [rows[start : start + micro_batch] for start in range(0, len(rows), micro_batch)]
+    return [(slice(chunk.start, chunk.stop, chunk.step), run) for run in runs for chunk in chunks]
+
+
+def trained_rows(num_rows: int, minibatch: int, minibatches: int) -> range:
+    """The rows of one minibatch: every `minibatches`-th, so that each holds members of every group."""
+    return range(minibatch, num_rows, minibatches)
+
+
+def chosen_steps(name: str, segment: Segment, recipe: Recipe, index: int, number: int) -> list[int]:
+    """The steps of update `number` of rollout `index`: those with a random decision in any row, or `train_steps` of
+    them, drawn anew for each update.
+
+    The draw is a function of the recipe's seed and the numbers, the same on every process; only fixed-length segments
+    may draw.
+    """
+    objective = recipe.objective_for(name)
+    rng = random.Random(f"{recipe.seed}/{index}/{number}/{name}")
+    stochastic = segment.loss_mask.any(0).nonzero().flatten().tolist()
+    if objective.train_steps is None or objective.train_steps >= len(stochastic):
+        return stochastic
+    return sorted(rng.sample(stochastic, objective.train_steps))
+
+
+def prepare(
+    policy: Policy, recipe: Recipe, memory: Memory, rollout: Rollout, index: int
+) -> tuple[list[Prepared], dict[str, float]]:
+    """Advantages and anchors of all segments of rollout number `index`, and what they add to the metrics."""
+    prepared, row = [], {}
+    started = time.perf_counter()
+    for name, segment in rollout.trajectory.segments.items():
+        objective = recipe.objective_for(name)
+        anchor = make_anchor(policy, name, segment, recipe, index) if objective.needs_anchor else None
+        total = rollout.scores.total
+        if anchor is not None and anchor.kl is not None:
+            coef = memory.kl_coef(name, objective)
+            total = total - coef * anchor.kl.sum(1)
+            steps, nats = distributed.sum_over_ranks([float(segment.loss_mask.sum()), float(anchor.kl.sum())])
+            row["kl"] = nats / max(steps, 1.0)
+        prepared.append(
+            Prepared(
+                name=name,
+                segment=segment,
+                objective=objective,
+                advantages=advantages_of(name, objective, total, rollout, recipe, memory),
+                valid=~total.isnan(),
+                anchor=anchor,
+            )
+        )
+        if anchor is not None:
+            row["time/anchor"] = time.perf_counter() - started
+    teaching = torch.stack([part.advantages.ne(0.0) & part.valid for part in prepared]).any(0)
+    valid = ~rollout.scores.total.isnan()
+    num_teaching, num_valid = distributed.sum_over_ranks([float(teaching.sum()), float(valid.sum())])
+    return prepared, {**row, "frac_samples_with_gradient": num_teaching / max(num_valid, 1.0)}
+
+
+def advantages_of(
+    name: str, objective: Objective, total: Tensor, rollout: Rollout, recipe: Recipe, memory: Memory
+) -> Tensor:
+    """[N] advantages of this process's rows, from the rewards of all processes.
+
+    Args:
+        total: [N] the trained reward of this process's rows; NaN excludes.
+    """
+    rewards, group_ids = distributed.gather_rows(total), distributed.gather_rows(rollout.trajectory.group_ids)
+    kind, clip = objective.advantage, objective.advantage_clip
+    if kind == "batch_whitened":
+        advantages = batch_advantages(rewards, clip=clip)
+    elif kind == "prompt_std":
+        keys = distributed.gather_objects([prompt_key(prompt) for prompt in rollout.prompts])
+        advantages = memory.prompts(name).advantages(rewards, keys, clip=clip)
+    elif kind == "gdpo":
+        breakdown = {name: distributed.gather_rows(values) for name, values in rollout.scores.breakdown.items()}
+        weights = {reward.name: reward.weight for reward in recipe.rewards}
+        advantages = gdpo_advantages(breakdown, weights, ~rewards.isnan(), group_ids, clip=clip)
+    elif kind == "pass_k":
+        advantages = pass_k_advantages(rewards, group_ids, clip=clip)
+    else:
+        advantages = group_advantages(rewards, group_ids, normalise=kind, clip=clip)
+    start = distributed.rank() * len(total)
+    return advantages[start : start + len(total)]
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """A name of what a prompt asks, the same in every rollout and process (text and pictures, not seeds)."""
+    digest = hashlib.sha256(json.dumps(prompt.text, sort_keys=True, default=str).encode())
+    for image in prompt.images:
+        digest.update(image.tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def make_anchor(policy: Policy, name: str, segment: Segment, recipe: Recipe, index: int) -> Anchor:
+    """Evaluate a segment once more, in the very windows that the updates will use: a low-precision forward depends on
+    its batch's shape, and the first ratio must be 1. Steps that no update of the rollout trains are left out, unless a
+    sum over the whole trajectory is asked for."""
+    objective = recipe.objective_for(name)
+    shape = segment.rollout_log_probs.shape
+    log_probs = segment.rollout_log_probs.clone()
+    entropy, means, kl = torch.full(shape, torch.nan), None, None
+    with_kl = objective.kl.coef > 0 and objective.kl.place == "reward"
+    if with_kl:
+        kl = torch.zeros(shape)
+    with_means = objective.loss in GAUSSIAN_LOSSES
+    if with_kl or objective.correction.level != "token":
+        steps = segment.loss_mask.any(0).nonzero().flatten().tolist()
+    else:
+        draws = [chosen_steps(name, segment, recipe, index, number) for number in range(recipe.updates_per_rollout)]
+        steps = sorted({step for draw in draws for step in draw})
+    for minibatch in range(recipe.minibatches):
+        for rows, run in spans(
+            trained_rows(shape[0], minibatch, recipe.minibatches),
+            steps,
+            micro_batch=recipe.engine.micro_batch,
+            steps_per_forward=policy.steps_per_forward[name],
+        ):
+            part = segment.rows(rows)
+            stats = policy.log_prob(name, part, run)
+            log_probs[rows, run] = stats.log_probs.to(log_probs)
+            if stats.entropy is not None:
+                entropy[rows, run] = stats.entropy.to(entropy)
+            if with_means and stats.mean is not None:
+                if means is None:
+                    means = torch.zeros(*shape, *stats.mean.shape[2:], dtype=stats.mean.dtype)
+                means[rows, run] = stats.mean.to(means)
+            if kl is not None:
+                with policy.reference():
+                    reference = policy.log_prob(name, part, run)
+                mask = part.loss_mask[:, run].to(stats.log_probs.device)
+                kl[rows, run] = divergence.between(stats, reference, objective.kl.estimator, mask).to(kl)
+    return Anchor(log_probs=log_probs, entropy=None if bool(entropy.isnan().all()) else entropy, means=means, kl=kl)
