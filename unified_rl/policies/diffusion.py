@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -97,6 +98,7 @@ class DiffusionPolicy:
             self.module.requires_grad_(True)
         select_trained(self.module, block.train)
         self._memo = Memo()
+        self._seeds: list[int] = []
         self._memoise_encoders()
 
     @classmethod
@@ -228,6 +230,7 @@ class DiffusionPolicy:
         """Drive the loop by `tape`, the denoiser's forward wrapped by `denoise`."""
         module = getattr(self._pipeline, self._name)
         self._head.current = tape
+        self._seeds = [prompt.seed for prompt in prompts]
         self._head.noise_level = self._settings[evaluation].noise_level
         module.forward = functools.wraps(module.forward)(functools.partial(denoise, module.forward))
         devices = [self._pipeline.device] if self._pipeline.device.type == "cuda" else []
@@ -262,12 +265,22 @@ class DiffusionPolicy:
             method = {"image_encoder": "forward", "vae": "encode"}.get(name)
             if method is not None and isinstance(component, nn.Module):
                 original: Callable = getattr(component, method)
-                whole = functools.partial(_remember_whole, memo, name, original)
+                whole = functools.partial(self._remember_whole, name, original)
                 setattr(component, method, functools.wraps(original)(whole))
 
+    def _remember_whole(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """A frozen encoder's result by content; a VAE's draw without a generator comes from the rows' own seeds."""
+        result = self._memo.whole(name, function, args, kwargs)
+        distribution = getattr(result, "latent_dist", None)
+        if isinstance(distribution, DiagonalGaussianDistribution) and len(distribution.mean) % len(self._seeds) == 0:
+            draw: Callable = functools.partial(type(distribution).sample, distribution)
+            seeds = self._seeds * (len(distribution.mean) // len(self._seeds))  # guidance doubles the rows
 
-def _remember_whole(memo: Memo, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    return memo.whole(name, function, args, kwargs)
+            def sample(generator: Any = None) -> Tensor:
+                return draw(generator or [torch.Generator().manual_seed(seed) for seed in seeds])
+
+            distribution.sample = sample  # type: ignore[method-assign]
+        return result
 
 
 def _denoiser_name(pipeline: Any) -> str:

@@ -28,7 +28,7 @@ def call_arguments(pipeline_class: type, prompts: Sequence[Prompt], settings: Ma
         UnsupportedPipelineError: if the call lacks an argument of `settings`, has no place for the images or
             the rows, or rows of one batch differ where the call takes a single value.
     """
-    # typing.Any-friendly: `__wrapped__` is followed, so these are the parameters behind torch.no_grad.
+    # inspect follows `__wrapped__`: the parameters behind torch.no_grad.
     parameters = inspect.signature(pipeline_class.__call__).parameters
     name = pipeline_class.__name__
     arguments = dict(settings)
@@ -78,8 +78,9 @@ def takes_rows(annotation: Any, row: Any) -> bool:
     """Whether a parameter of this annotation takes a list with one such value per row."""
     if annotation is inspect.Parameter.empty:
         return not isinstance(row, (bool, int, float))
-    if isinstance(row, Image.Image) and annotation is not Image.Image:
-        return True  # image processors take lists, also where the annotation speaks of tensors only
+    first = row[0] if isinstance(row, (list, tuple)) and row else row
+    if isinstance(first, Image.Image) and annotation is not Image.Image:
+        return True  # image and video processors take lists of rows, also where the annotation does not say so
     wanted = "" if not isinstance(row, (list, tuple)) else type(row[0]).__name__ if row else ""
     for option in _options(annotation):
         if typing.get_origin(option) in (list, tuple, Sequence):

@@ -170,7 +170,9 @@ def _flow_step(scheduler: Any, head: SchedulerHead, model_output: Tensor, timest
 
 def _ddim_step(scheduler: Any, head: SchedulerHead, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
     now = int(timestep)
-    following = now - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    # The schedule's own next timestep: with linspace or trailing spacing it is not a constant stride away.
+    later = [step for step in scheduler.timesteps.tolist() if step < now]
+    following = max(later) if later else -1
     if model_output.shape[1] == 2 * sample.shape[1]:  # learned variance: the second half is not the prediction
         model_output = model_output.chunk(2, dim=1)[0]
 

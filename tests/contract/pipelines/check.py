@@ -1,6 +1,7 @@
 """Measures the replay contract of one case."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -11,6 +12,7 @@ from unified_rl.types import Prompt, Segment
 
 TEXTS = ("a red circle", "two blue square on the left")
 NUM_STEPS = 3
+Kernel = Literal["auto", "flow_sde", "dance_sde", "cps", "ddim"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,10 @@ class Measured:
     """Smallest gradient norm of a stochastic step, over the denoiser."""
 
 
-def policy_of(case: Case) -> DiffusionPolicy:
-    sampling = DiffusionSampling(num_inference_steps=NUM_STEPS, noise_level=0.7, call=call_settings(case))
+def policy_of(case: Case, kernel: Kernel = "auto") -> DiffusionPolicy:
+    sampling = DiffusionSampling(
+        num_inference_steps=NUM_STEPS, noise_level=0.7, kernel=kernel, call=call_settings(case)
+    )
     block = PolicyBlock(model=case.name, family="diffusion", adapter=Adapter(), sampling=sampling)
     return DiffusionPolicy(build(case), block)
 
@@ -51,9 +55,9 @@ def _gap(policy: DiffusionPolicy, segment: Segment, step: int) -> float:
     return float((scored - segment.rollout_log_probs[:, step]).abs().max())
 
 
-def measure(case: Case) -> Measured:
+def measure(case: Case, kernel: Kernel = "auto") -> Measured:
     """Sample two rows, replay each step with both rows and with the second alone, and take gradients."""
-    policy = policy_of(case)
+    policy = policy_of(case, kernel)
     segment = policy.sample(prompts_of(case)).segments["image"]
     num_steps = segment.rollout_log_probs.shape[1]
     stochastic = [step for step in range(num_steps) if segment.loss_mask[0, step]]

@@ -162,6 +162,7 @@ FACTORIES: dict[str, Callable[[], Any]] = {
     "KarrasDiffusionSchedulers": betas,
     "DDIMScheduler": betas,
     "DDPMScheduler": lambda: betas("DDPMScheduler"),
+    "LCMScheduler": lambda: betas("LCMScheduler"),
     "EulerDiscreteScheduler": lambda: betas("EulerDiscreteScheduler"),
     "DPMSolverMultistepScheduler": lambda: betas("DPMSolverMultistepScheduler"),
     "PNDMScheduler": lambda: betas("PNDMScheduler"),

@@ -87,7 +87,6 @@ SD3 = [
             )
         },
         columns={"control_image": picture},
-        refused="global random generator",
     ),
 ]
 

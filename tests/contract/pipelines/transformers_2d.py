@@ -2,7 +2,7 @@
 
 import diffusers
 
-from tests.contract.pipelines.build import Case
+from tests.contract.pipelines.build import Case, picture
 from tests.contract.pipelines.components import WIDTH, image_vae, t5, tokenizer
 from tests.contract.pipelines.families import FLUX_VAE, IMAGE, MASKED
 
@@ -104,9 +104,9 @@ def lumina():
     )
 
 
-def cogview4():
+def cogview4(channels: int = 4):
     return diffusers.CogView4Transformer2DModel(
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         num_layers=1,
         attention_head_dim=8,
@@ -239,6 +239,8 @@ QWEN_CALL = {"true_cfg_scale": 3.0, "guidance_scale": None}
 NEGATIVE = {"negative_prompt": lambda row: "blue square"}
 Z = {"transformer": z_image} | FLUX_VAE
 DIT_PROMPT = {"class_labels": lambda row: 3 + row}
+HUNYUAN = {"text_encoder_2": t5, "tokenizer_2": tokenizer, "transformer": hunyuan_dit}
+HUNYUAN["vae"] = lambda: image_vae(4, blocks=4)
 KLEIN = {"transformer": flux2, "vae": flux2_vae, "is_distilled": False}
 KLEIN_CALL = {"text_encoder_out_layers": (0, 1, 2)}
 
@@ -267,27 +269,25 @@ TRANSFORMERS_2D = [
     Case("ZImageInpaintPipeline", Z, columns=IMAGE | MASKED),
     Case(
         "HunyuanDiTPipeline",
-        {
-            "vae": lambda: image_vae(4, blocks=4),
-            "text_encoder_2": t5,
-            "tokenizer_2": tokenizer,
-            "transformer": hunyuan_dit,
-        },
+        HUNYUAN,
         {"use_resolution_binning": False},
     ),
     Case(
         "HunyuanDiTPAGPipeline",
-        {
-            "vae": lambda: image_vae(4, blocks=4),
-            "text_encoder_2": t5,
-            "tokenizer_2": tokenizer,
-            "transformer": hunyuan_dit,
-            "pag_applied_layers": "1",
-        },
+        HUNYUAN | {"pag_applied_layers": "1"},
         {"use_resolution_binning": False},
     ),
     Case("OvisImagePipeline", {"transformer": ovis} | FLUX_VAE),
     Case("BriaPipeline", {"transformer": bria} | FLUX_VAE),
     Case("Flux2KleinPipeline", KLEIN, KLEIN_CALL),
     Case("DiTPipeline", {"transformer": dit}, columns=DIT_PROMPT),
+    Case("CogView4ControlPipeline", {"transformer": lambda: cogview4(8)}, columns={"control_image": picture}),
+    Case("Flux2KleinInpaintPipeline", KLEIN, KLEIN_CALL, columns=IMAGE | MASKED),
+    Case("LatentConsistencyModelPipeline", refused="consistency"),
+    Case(
+        "SanaPipeline",
+        GEMMA_SANA | {"scheduler": diffusers.FlowMatchHeunDiscreteScheduler},
+        SANA_CALL,
+        refused="no transition kernel",
+    ),
 ]

@@ -2,7 +2,7 @@
 
 import diffusers
 
-from tests.contract.pipelines.build import Case, picture
+from tests.contract.pipelines.build import Case, mask, picture
 from tests.contract.pipelines.components import WIDTH, betas, clip_vision, image_processor, unet, wan_vae
 
 HEADS = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
@@ -192,6 +192,10 @@ def svd_vae():
     )
 
 
+def clip_of(row: int) -> list:
+    return [picture(10 * row + frame, 16) for frame in range(9)]
+
+
 LATENT = {"output_type": "latent"}
 WAN = {"transformer": wan, "vae": wan_vae}
 LTX = {"transformer": ltx, "vae": ltx_vae}
@@ -242,5 +246,29 @@ VIDEOS = [
         LATENT | {"num_frames": 2},
         columns={"image": picture},
         refused="continuous",
+    ),
+    Case("WanPipeline", WAN | UNIPC | {"transformer_2": wan, "boundary_ratio": 0.5}, LATENT, refused="two denoisers"),
+    Case("CogVideoXVideoToVideoPipeline", COG, LATENT | {"height": 16, "width": 16}, columns={"video": clip_of}),
+    Case("AnimateDiffVideoToVideoPipeline", {"motion_adapter": motion}, LATENT, columns={"video": clip_of}),
+    Case(
+        "ConsistencyModelPipeline",
+        {
+            "unet": lambda: diffusers.UNet2DModel(sample_size=8, block_out_channels=(32, 32, 32, 32)),
+            "scheduler": diffusers.CMStochasticIterativeScheduler,
+        },
+        refused="no transition kernel",
+    ),
+    Case(
+        "AnimateDiffSDXLPipeline",
+        {"motion_adapter": motion, "unet": lambda: unet(True)},
+        LATENT | {"num_frames": 2},
+    ),
+    Case("LTXConditionPipeline", LTX, LATENT | {"num_frames": 9}),
+    Case("IFImg2ImgPipeline", {"unet": if_unet}, {"clean_caption": False}, columns={"image": picture}),
+    Case(
+        "IFInpaintingPipeline",
+        {"unet": if_unet},
+        {"clean_caption": False},
+        columns={"image": picture, "mask_image": mask},
     ),
 ]
