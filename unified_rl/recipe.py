@@ -33,10 +33,11 @@ class DiffusionSampling(Block):
     """The behaviour policy of a diffusers pipeline."""
 
     num_inference_steps: int = Field(default=10, ge=1)
-    kernel: Literal["auto", "flow_sde", "ddim"] = "auto"
-    """The transition kernel; auto: from the pipeline's scheduler."""
+    kernel: Literal["auto", "flow_sde", "dance_sde", "cps", "ddim"] = "auto"
+    """The transition kernel; auto: from the pipeline's scheduler (flow_sde or ddim)."""
     noise_level: float = Field(default=0.7, ge=0)
-    """Noise of the kernel: Flow-GRPO's eta for flow_sde, DDIM's eta for ddim. 0: deterministic, nothing to train on."""
+    """Noise of the kernel: Flow-GRPO's eta for flow_sde, the diffusion coefficient of dance_sde, the share of a quarter
+    turn for cps (at most 1), DDIM's eta for ddim. 0: deterministic, nothing to train on."""
     call: dict[str, Any] = {}
     """Further arguments of the pipeline's call, for instance guidance_scale, height, width."""
 

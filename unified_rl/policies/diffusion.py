@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from diffusers.utils import BaseOutput
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unified_rl.policies.bypass import bypassing, recording
 from unified_rl.policies.lora import lora_config, select_trained
 from unified_rl.policies.memo import Memo
+from unified_rl.policies.pipeline_call import call_arguments, rows_of
 from unified_rl.policies.scheduler_head import (
     LoopLeft,
     Pass,
@@ -38,7 +40,7 @@ from unified_rl.recipe import DiffusionSampling, PolicyBlock
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
 
 SEGMENT = "image"
-DENOISERS = ("transformer", "unet", "prior", "dit")
+DENOISERS = ("transformer", "unet", "prior", "dit", "decoder")
 CALL_DEFAULTS = "call_defaults.json"
 """A checkpoint folder may hold default call arguments in this file, beside model_index.json."""
 
@@ -76,8 +78,9 @@ class DiffusionPolicy:
         self._settings = {False: block.sampling, True: evaluation or block.sampling}
         self._call_defaults = dict(call_defaults or {})
         self._name = _denoiser_name(pipeline)
-        self._parameters = inspect.signature(type(pipeline).__call__).parameters
         self._head = SchedulerHead(block.sampling.noise_level)
+        if "scheduler" not in pipeline.components:
+            raise UnsupportedPipelineError(f"{type(pipeline).__name__}: no component named scheduler")
         pipeline.scheduler = stochastic_scheduler(pipeline.scheduler, block.sampling.kernel, self._head)
         pipeline.set_progress_bar_config(disable=True)
         for component in pipeline.components.values():
@@ -95,6 +98,7 @@ class DiffusionPolicy:
             self.module.requires_grad_(True)
         select_trained(self.module, block.train)
         self._memo = Memo()
+        self._seeds: list[int] = []
         self._memoise_encoders()
 
     @classmethod
@@ -121,15 +125,17 @@ class DiffusionPolicy:
         """Run the pipeline once, recording each step's state and log-prob (Gaussian, mean over dims)."""
         tape = SamplePass([prompt.seed for prompt in prompts])
         templates: list[list[Any]] = []
-        with torch.no_grad(), self._pass(tape, _recording(tape, templates, len(prompts)), evaluation):
-            images = _rows_of(self._call(prompts, evaluation), len(prompts))
-        assert tape.states, "the pipeline's loop never stepped its scheduler"
-        states = torch.stack(tape.states, dim=1)
+        with torch.no_grad(), self._pass(tape, recording(tape, templates, len(prompts)), prompts, evaluation):
+            images = rows_of(self._call(prompts, evaluation), len(prompts))
+        if not tape.states:
+            raise UnsupportedPipelineError(
+                f"{type(self._pipeline).__name__}: its loop never stepped its own scheduler (a pipeline of pipelines?)"
+            )
         mask = torch.tensor(tape.stochastic).repeat(len(prompts), 1)
         segment = Segment(
             actions={
                 "prompts": list(prompts),
-                "states": list(states.unbind(0)),
+                "states": [_stacked(row) for row in zip(*tape.states, strict=True)],
                 "templates": [templates] * len(prompts),
             },
             rollout_log_probs=torch.stack(tape.log_probs, dim=1).cpu(),
@@ -148,16 +154,18 @@ class DiffusionPolicy:
         assert name == SEGMENT, f"a diffusion policy has no segment {name!r}"
         asked = range(*steps.indices(segment.rollout_log_probs.shape[1]))
         assert asked.step == 1 and len(asked), "windows are runs of steps"
-        tape = ReplayPass(torch.stack(segment.actions["states"]), asked)  # type: ignore[arg-type]
+        tape = ReplayPass(segment.actions["states"], asked)  # type: ignore[arg-type]
         prompts: Sequence[Prompt] = segment.actions["prompts"]  # type: ignore[assignment]
         templates: list[list[Any]] = segment.actions["templates"][0]  # type: ignore[assignment]
-        bypass = _bypassing(tape, templates, len(prompts))
-        with self._pass(tape, bypass, evaluation=False), suppress(LoopLeft):
+        bypass = bypassing(tape, templates, len(prompts))
+        with self._pass(tape, bypass, prompts, evaluation=False), suppress(LoopLeft):
             self._call(prompts, evaluation=False)
         if len(tape.log_probs) != len(asked):
             raise UnsupportedPipelineError(
                 f"{type(self._pipeline).__name__}: the replayed loop took another number of steps than sampling did"
             )
+        if torch.is_grad_enabled() and segment.loss_mask[:, asked.start : asked.stop].any():
+            self._check_gradient(tape)
         std = torch.stack(tape.stds).reshape(1, len(asked), *[1] * (tape.means[0].ndim - 1))
         return StepStats(
             log_probs=torch.stack(tape.log_probs, dim=1),
@@ -165,6 +173,13 @@ class DiffusionPolicy:
             mean=torch.stack(tape.means, dim=1),
             std=std,
         )
+
+    def _check_gradient(self, tape: ReplayPass) -> None:
+        """Refuse a pipeline that cuts the graph between its denoiser and its scheduler."""
+        if not any(log_prob.requires_grad for log_prob in tape.log_probs):
+            raise UnsupportedPipelineError(
+                f"{type(self._pipeline).__name__}: no gradient flows from the scheduler's step to the denoiser"
+            )
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -202,26 +217,33 @@ class DiffusionPolicy:
 
     def _call(self, prompts: Sequence[Prompt], evaluation: bool) -> Any:
         settings = self._settings[evaluation]
-        arguments = {**self._call_defaults, **settings.call, "num_inference_steps": settings.num_inference_steps}
-        arguments["prompt"] = [prompt.text for prompt in prompts]
-        arguments["generator"] = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
-        if any(prompt.images for prompt in prompts):
-            arguments["image"] = [prompt.images[0] for prompt in prompts]
-        unknown = [key for key in arguments if key not in self._parameters]
-        if unknown:
-            raise UnsupportedPipelineError(f"{type(self._pipeline).__name__} takes no argument {unknown[0]!r}")
+        arguments = call_arguments(
+            type(self._pipeline),
+            prompts,
+            {**self._call_defaults, **settings.call, "num_inference_steps": settings.num_inference_steps},
+        )
         # Without the pipeline's torch.no_grad: sampling brings its own, scoring wants gradients.
         return inspect.unwrap(type(self._pipeline).__call__)(self._pipeline, **arguments)
 
     @contextmanager
-    def _pass(self, tape: Pass, denoise: Callable, evaluation: bool) -> Iterator[None]:
+    def _pass(self, tape: Pass, denoise: Callable, prompts: Sequence[Prompt], evaluation: bool) -> Iterator[None]:
         """Drive the loop by `tape`, the denoiser's forward wrapped by `denoise`."""
         module = getattr(self._pipeline, self._name)
         self._head.current = tape
+        self._seeds = [prompt.seed for prompt in prompts]
         self._head.noise_level = self._settings[evaluation].noise_level
         module.forward = functools.wraps(module.forward)(functools.partial(denoise, module.forward))
+        devices = [self._pipeline.device] if self._pipeline.device.type == "cuda" else []
         try:
-            yield
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(prompts[0].seed)
+                before = torch.get_rng_state()
+                yield
+                if len(prompts) > 1 and not torch.equal(before, torch.get_rng_state()):
+                    raise UnsupportedPipelineError(
+                        f"{type(self._pipeline).__name__} draws from the global random generator, so that a row "
+                        "depends on its batch; sample one row at a time (engine.rollout_batch and micro_batch: 1)"
+                    )
         finally:
             del module.forward  # the instance's; the class's own comes back
             self._head.current = None
@@ -243,12 +265,22 @@ class DiffusionPolicy:
             method = {"image_encoder": "forward", "vae": "encode"}.get(name)
             if method is not None and isinstance(component, nn.Module):
                 original: Callable = getattr(component, method)
-                whole = functools.partial(_remember_whole, memo, name, original)
+                whole = functools.partial(self._remember_whole, name, original)
                 setattr(component, method, functools.wraps(original)(whole))
 
+    def _remember_whole(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """A frozen encoder's result by content; a VAE's draw without a generator comes from the rows' own seeds."""
+        result = self._memo.whole(name, function, args, kwargs)
+        distribution = getattr(result, "latent_dist", None)
+        if isinstance(distribution, DiagonalGaussianDistribution) and len(distribution.mean) % len(self._seeds) == 0:
+            draw: Callable = functools.partial(type(distribution).sample, distribution)
+            seeds = self._seeds * (len(distribution.mean) // len(self._seeds))  # guidance doubles the rows
 
-def _remember_whole(memo: Memo, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    return memo.whole(name, function, args, kwargs)
+            def sample(generator: Any = None) -> Tensor:
+                return draw(generator or [torch.Generator().manual_seed(seed) for seed in seeds])
+
+            distribution.sample = sample  # type: ignore[method-assign]
+        return result
 
 
 def _denoiser_name(pipeline: Any) -> str:
@@ -261,66 +293,6 @@ def _denoiser_name(pipeline: Any) -> str:
     return present[0]
 
 
-def _recording(tape: Pass, templates: list[list[Any]], num_rows: int) -> Callable:
-    """A denoiser wrapper that notes the form of each output, per (step, call)."""
-
-    def denoise(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        while len(templates) <= tape.step:
-            templates.append([])
-        templates[tape.step].append(_template(output, num_rows))
-        return output
-
-    return denoise
-
-
-def _bypassing(tape: ReplayPass, templates: list[list[Any]], num_rows: int) -> Callable:
-    """A denoiser wrapper that runs the real forward at asked steps only."""
-    calls = {"step": -1, "count": 0}
-
-    def denoise(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        if calls["step"] != tape.step:
-            calls.update(step=tape.step, count=0)
-        call, calls["count"] = calls["count"], calls["count"] + 1
-        if tape.step in tape.asked:
-            return forward(*args, **kwargs)
-        if tape.step >= len(templates) or call >= len(templates[tape.step]):
-            raise UnsupportedPipelineError("the replayed loop calls the denoiser more often than sampling did")
-        device = next(value.device for value in [*args, *kwargs.values()] if isinstance(value, Tensor))
-        return _zeros(templates[tape.step][call], num_rows, device)
-
-    return denoise
-
-
-def _template(output: Any, num_rows: int) -> Any:
-    """The form of a denoiser's output: for a tensor (rows per sample, further shape, dtype)."""
-    if isinstance(output, Tensor):
-        if output.shape[0] % num_rows:
-            raise UnsupportedPipelineError(f"the denoiser gave {output.shape[0]} rows for {num_rows} samples")
-        return (output.shape[0] // num_rows, tuple(output.shape[1:]), output.dtype)
-    if isinstance(output, BaseOutput):
-        return (type(output), {key: _template(value, num_rows) for key, value in output.items()})
-    if isinstance(output, (tuple, list)):
-        return (type(output), [_template(value, num_rows) for value in output])
-    if output is None:
-        return None
-    raise UnsupportedPipelineError(f"the denoiser returns a {type(output).__name__}, which cannot be bypassed")
-
-
-def _zeros(template: Any, num_rows: int, device: torch.device) -> Any:
-    if template is None:
-        return None
-    if isinstance(template[0], int):
-        rows, shape, dtype = template
-        return torch.zeros((rows * num_rows, *shape), dtype=dtype, device=device)
-    kind, parts = template
-    if isinstance(parts, dict):
-        return kind(**{key: _zeros(value, num_rows, device) for key, value in parts.items()})
-    return kind(_zeros(value, num_rows, device) for value in parts)
-
-
-def _rows_of(output: Any, num_rows: int) -> list[tuple[Any, ...]]:
-    """The pipeline's first output, row by row: one picture, or the frames of a video."""
-    rows = output[0]
-    assert len(rows) == num_rows, f"the pipeline returned {len(rows)} results for {num_rows} prompts"
-    return [tuple(row) if isinstance(row, list) else (row,) for row in rows]
+def _stacked(row: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """A row's states as one tensor [S, ...], or a list where steps differ in shape (joint audio and video)."""
+    return torch.stack(list(row)) if len({state.shape for state in row}) == 1 else list(row)

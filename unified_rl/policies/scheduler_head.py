@@ -14,8 +14,10 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from unified_rl.transitions import ddim, flow_sde, gaussian
+from unified_rl.transitions import cps, dance_sde, ddim, flow_sde, gaussian
 
+KERNELS = {"flow": ("flow_sde", "dance_sde", "cps"), "betas": ("ddim",)}
+"""Transition kernels by family of schedulers; the first is the family's own choice."""
 MIN_STD = 1e-6
 """A step with less noise than this counts as deterministic: there is nothing to score."""
 
@@ -58,11 +60,11 @@ class SamplePass:
 
     def next_latents(self, transition: Transition, latents: Tensor) -> Tensor:
         mean, std = transition()
+        mean, copies = _without_copies(mean, len(self._generators))
         stochastic = bool(std >= MIN_STD)
         if stochastic:
             noise = torch.stack([torch.randn(mean.shape[1:], generator=each) for each in self._generators])
-            mean_and_noise = mean + std * noise.to(mean.device)
-            following = mean_and_noise.to(latents.dtype)
+            following = (mean + std * noise.to(mean.device)).to(latents.dtype)
             log_prob = gaussian.log_prob(following.float(), mean, std).mean_over_dims
         else:
             following = mean.to(latents.dtype)
@@ -71,25 +73,29 @@ class SamplePass:
         self.log_probs.append(log_prob)
         self.stochastic.append(stochastic)
         self.step += 1
-        return following
+        return following.repeat(copies, *[1] * (following.ndim - 1))
 
 
 class ReplayPass:
     """Returns recorded states and scores those of the asked steps, with gradients."""
 
-    def __init__(self, states: Tensor, asked: range) -> None:
+    def __init__(self, states: Sequence[Tensor | Sequence[Tensor]], asked: range) -> None:
         self.step = 0
         self.states = states
-        """[B, S, ...] the recorded next states."""
+        """[B][S] the recorded next states; their shapes may differ from step to step."""
         self.asked = asked
         self.log_probs: list[Tensor] = []
         self.means: list[Tensor] = []
         self.stds: list[Tensor] = []
 
     def next_latents(self, transition: Transition, latents: Tensor) -> Tensor:
-        following = self.states[:, self.step].to(latents.dtype)
+        if self.step >= len(self.states[0]):
+            raise UnsupportedPipelineError("the replayed loop steps its scheduler more often than sampling did")
+        following = torch.stack([row[self.step] for row in self.states]).to(latents)
+        copies = len(latents) // len(following)
         if self.step in self.asked:
             mean, std = transition()
+            mean, copies = _without_copies(mean, len(self.states))
             if std >= MIN_STD:
                 self.log_probs.append(gaussian.log_prob(following.float(), mean, std).mean_over_dims)
             else:
@@ -99,7 +105,26 @@ class ReplayPass:
         self.step += 1
         if self.step >= self.asked.stop:
             raise LoopLeft
-        return following
+        return following.repeat(copies, *[1] * (following.ndim - 1))
+
+
+def _without_copies(mean: Tensor, num_rows: int) -> tuple[Tensor, int]:
+    """The first `num_rows` rows, and how many equal copies of them there are.
+
+    Pipelines that guide on doubled latents step the scheduler with both halves; the draws must then be equal too.
+
+    Raises:
+        UnsupportedPipelineError: if the rows are not such copies, so that none of them can be given to a sample.
+    """
+    copies, rest = divmod(len(mean), num_rows)
+    first = mean[:num_rows]
+    if rest or copies == 0:
+        raise UnsupportedPipelineError(f"the scheduler is stepped with {len(mean)} rows for {num_rows} samples")
+    if copies > 1 and not torch.allclose(mean, first.repeat(copies, *[1] * (mean.ndim - 1)), atol=1e-5):
+        raise UnsupportedPipelineError(
+            f"the scheduler is stepped with {copies} different states of each sample, which have no joint density here"
+        )
+    return first, copies
 
 
 class SchedulerHead:
@@ -107,6 +132,8 @@ class SchedulerHead:
 
     def __init__(self, noise_level: float) -> None:
         self.noise_level = noise_level
+        self.kernel = "flow_sde"
+        """Which of `KERNELS` a flow scheduler steps with."""
         self.current: Pass | None = None
 
 
@@ -127,14 +154,14 @@ def _flow_step(scheduler: Any, head: SchedulerHead, model_output: Tensor, timest
     index = scheduler.step_index
 
     def transition() -> tuple[Tensor, Tensor]:
-        return flow_sde.transition(
-            model_output.float(),
-            sample.float(),
-            sigma=scheduler.sigmas[index],
-            next_sigma=scheduler.sigmas[index + 1],
-            second_sigma=scheduler.sigmas[1],
-            noise_level=head.noise_level,
-        )
+        velocity, latents = model_output.float(), sample.float()
+        schedule = {"sigma": scheduler.sigmas[index], "next_sigma": scheduler.sigmas[index + 1]}
+        if head.kernel == "flow_sde":
+            return flow_sde.transition(
+                velocity, latents, **schedule, second_sigma=scheduler.sigmas[1], noise_level=head.noise_level
+            )
+        kernel = {"dance_sde": dance_sde, "cps": cps}[head.kernel]
+        return kernel.transition(velocity, latents, **schedule, noise_level=head.noise_level)
 
     assert head.current is not None, "the scheduler is stepped outside of a pass"
     scheduler._step_index += 1
@@ -143,7 +170,9 @@ def _flow_step(scheduler: Any, head: SchedulerHead, model_output: Tensor, timest
 
 def _ddim_step(scheduler: Any, head: SchedulerHead, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
     now = int(timestep)
-    following = now - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    # The schedule's own next timestep: with linspace or trailing spacing it is not a constant stride away.
+    later = [step for step in scheduler.timesteps.tolist() if step < now]
+    following = max(later) if later else -1
     if model_output.shape[1] == 2 * sample.shape[1]:  # learned variance: the second half is not the prediction
         model_output = model_output.chunk(2, dim=1)[0]
 
@@ -170,51 +199,67 @@ def _subclass(base: type, step: Any, head: SchedulerHead) -> type:
     def stochastic_step(self, model_output, timestep, sample, *args, return_dict: bool = True, **kwargs):
         return _output(step(self, head, model_output, timestep, sample), return_dict)
 
-    return type(f"Stochastic{base.__name__}", (base,), {"step": stochastic_step})
+    members: dict[str, Any] = {"step": stochastic_step}
+    if not hasattr(base, "scale_model_input"):  # called by pipelines that take several families of schedulers
+        members |= {"scale_model_input": lambda self, sample, timestep=None: sample, "init_noise_sigma": 1.0}
+    return type(f"Stochastic{base.__name__}", (base,), members)
 
 
-def kernel_for(scheduler: Any) -> str:
-    """The transition kernel that a pipeline's scheduler asks for.
+def family_of(scheduler: Any) -> str:
+    """The family of a pipeline's scheduler: a key of `KERNELS`.
 
     Raises:
-        UnsupportedPipelineError: if no kernel fits the scheduler's family.
+        UnsupportedPipelineError: if no kernel has the scheduler's process.
     """
-    config = scheduler.config
+    config, name = scheduler.config, type(scheduler).__name__
+    if "original_inference_steps" in config:
+        raise UnsupportedPipelineError(f"{name}: a consistency sampler, whose denoiser is distilled for its own jumps")
+    if config.get("timestep_type") == "continuous":
+        raise UnsupportedPipelineError(
+            f"{name}: continuous timesteps (log-sigmas) have no place in a DDIM schedule; no kernel for them yet"
+        )
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return "flow_sde"
+        if config["stochastic_sampling"]:
+            raise UnsupportedPipelineError(f"{name}: stochastic_sampling has no flow_sde density")
+        return "flow"
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
-        return "flow_sde"
+        return "flow"
     if "beta_schedule" in config and config.get("prediction_type") in ("epsilon", "v_prediction", "sample"):
-        return "ddim"
+        if config.get("thresholding"):
+            raise UnsupportedPipelineError(f"{name}: dynamic thresholding is not supported")
+        return "betas"
     raise UnsupportedPipelineError(
-        f"{type(scheduler).__name__}: no transition kernel for this scheduler; set pipeline.scheduler to a "
+        f"{name}: no transition kernel for this scheduler; set pipeline.scheduler to a "
         "FlowMatchEulerDiscreteScheduler or a DDIM/DDPM-family one"
     )
 
 
 def stochastic_scheduler(scheduler: Any, kernel: str, head: SchedulerHead) -> Any:
-    """A stochastic twin of a pipeline's scheduler with the same schedule.
+    """A stochastic twin of a pipeline's scheduler with the same schedule; sets the head's kernel.
 
     Raises:
         UnsupportedPipelineError: if the scheduler's family has no kernel, or the asked kernel does not fit it.
     """
-    natural = kernel_for(scheduler)
-    if kernel not in ("auto", natural):
+    family = family_of(scheduler)
+    if kernel not in ("auto", *KERNELS[family]):
         raise UnsupportedPipelineError(
-            f"policy.sampling.kernel: {kernel} does not fit {type(scheduler).__name__}; use {natural}"
+            f"policy.sampling.kernel: {kernel} does not fit {type(scheduler).__name__}; use {KERNELS[family][0]}"
         )
+    head.kernel = KERNELS[family][0] if kernel == "auto" else kernel
     config = dict(scheduler.config)
-    if natural == "flow_sde":
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            if config["stochastic_sampling"]:
-                raise UnsupportedPipelineError(
-                    f"{type(scheduler).__name__}: stochastic_sampling has no flow_sde density"
-                )
-            return _subclass(type(scheduler), _flow_step, head).from_config(config)  # type: ignore[attr-defined]
-        twin = _subclass(FlowMatchEulerDiscreteScheduler, _flow_step, head)
-        return twin(shift=config.get("flow_shift") or 1.0, num_train_timesteps=config["num_train_timesteps"])
-    if config.get("thresholding"):
-        raise UnsupportedPipelineError(f"{type(scheduler).__name__}: dynamic thresholding is not supported")
-    config.setdefault("clip_sample", False)  # PNDM, Euler and DPM configs lack it and never clip
-    config.setdefault("set_alpha_to_one", False)
-    return _subclass(DDIMScheduler, _ddim_step, head).from_config(config)  # type: ignore[attr-defined]
+    twin: Any
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        twin = _subclass(type(scheduler), _flow_step, head).from_config(config)  # type: ignore[attr-defined]
+    elif family == "flow":
+        flow_class = _subclass(FlowMatchEulerDiscreteScheduler, _flow_step, head)
+        twin = flow_class(shift=config.get("flow_shift") or 1.0, num_train_timesteps=config["num_train_timesteps"])
+    else:
+        config.setdefault("clip_sample", False)  # PNDM, Euler and DPM configs lack it and never clip
+        config.setdefault("set_alpha_to_one", False)
+        twin = _subclass(DDIMScheduler, _ddim_step, head).from_config(config)  # type: ignore[attr-defined]
+        # CogVideoX shifts its signal-to-noise ratio on top of its betas.
+        twin.alphas_cumprod = scheduler.alphas_cumprod.clone()
+        twin.final_alpha_cumprod = torch.tensor(1.0) if config["set_alpha_to_one"] else twin.alphas_cumprod[0]
+    # Pipelines read their scheduler's config (variance_type says what the denoiser's output holds).
+    twin.register_to_config(**{key: value for key, value in config.items() if key not in twin.config})
+    return twin

@@ -1,0 +1,1 @@
+"""Tiny random instances of diffusers' pipelines, built from configs alone: no download, no file."""

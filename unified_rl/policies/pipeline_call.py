@@ -1,0 +1,122 @@
+"""From prompts to the arguments of a pipeline's call, and from its output back to rows. By parameter names only."""
+
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from unified_rl.policies.scheduler_head import UnsupportedPipelineError
+from unified_rl.types import Prompt
+
+OWN = frozenset({"prompt", "generator", "num_inference_steps", "callback_on_step_end", "callback", "return_dict"})
+"""Arguments that a dataset's column cannot set."""
+
+
+def call_arguments(pipeline_class: type, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for one call over all prompts.
+
+    `settings` hold for every row; above them come the prompt's text, its images (`image`) and every column of the
+    dataset that the call has a parameter for.
+
+    Raises:
+        UnsupportedPipelineError: if the call lacks an argument of `settings`, has no place for the images or
+            the rows, or rows of one batch differ where the call takes a single value.
+    """
+    # inspect follows `__wrapped__`: the parameters behind torch.no_grad.
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    name = pipeline_class.__name__
+    arguments = dict(settings)
+    for key in arguments:
+        if key not in parameters:
+            raise UnsupportedPipelineError(f"{name} takes no argument {key!r}")
+    columns: dict[str, list[Any]] = {}
+    if "prompt" in parameters:
+        columns["prompt"] = [prompt.text for prompt in prompts]
+    if any(prompt.images for prompt in prompts):
+        if "image" not in parameters:
+            raise UnsupportedPipelineError(f"{name} takes no argument 'image', but the prompts have pictures")
+        single = all(len(prompt.images) == 1 for prompt in prompts)
+        columns["image"] = [prompt.images[0] if single else list(prompt.images) for prompt in prompts]
+    for key in dict.fromkeys(key for prompt in prompts for key in prompt.columns):
+        if key in parameters and key not in OWN:
+            columns[key] = [_column(prompt, key) for prompt in prompts]
+    for key, rows in columns.items():
+        arguments[key] = _joined(name, key, rows, parameters[key].annotation)
+    if "generator" in parameters:
+        arguments["generator"] = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+    if "batch_size" in parameters and "prompt" not in parameters:
+        arguments["batch_size"] = len(prompts)  # unconditional
+    return arguments
+
+
+def _column(prompt: Prompt, key: str) -> Any:
+    if key not in prompt.columns:
+        raise UnsupportedPipelineError(f"column {key!r}: some rows of the batch lack it")
+    return prompt.columns[key]
+
+
+def _joined(name: str, key: str, rows: list[Any], annotation: Any) -> Any:
+    """One argument for all rows: a list where the call takes lists, a batch for tensors, else the common value."""
+    if all(isinstance(row, Tensor) for row in rows):
+        if len({row.shape for row in rows}) > 1:
+            raise UnsupportedPipelineError(f"{name}: {key}: the rows' shapes differ within a batch")
+        return torch.stack(rows)
+    if key == "prompt" or takes_rows(annotation, rows[0]):
+        return rows
+    if any(row is not rows[0] and row != rows[0] for row in rows[1:]):
+        raise UnsupportedPipelineError(f"{name}: {key} is one value for the whole call, but differs within a batch")
+    return rows[0]
+
+
+def takes_rows(annotation: Any, row: Any) -> bool:
+    """Whether a parameter of this annotation takes a list with one such value per row."""
+    if annotation is inspect.Parameter.empty:
+        return not isinstance(row, (bool, int, float))
+    first = row[0] if isinstance(row, (list, tuple)) and row else row
+    if isinstance(first, Image.Image) and annotation is not Image.Image:
+        return True  # image and video processors take lists of rows, also where the annotation does not say so
+    wanted = "" if not isinstance(row, (list, tuple)) else type(row[0]).__name__ if row else ""
+    for option in _options(annotation):
+        if typing.get_origin(option) in (list, tuple, Sequence):
+            inner = " ".join(str(item) for item in typing.get_args(option))
+            if not isinstance(row, (list, tuple)) or "list" in inner.lower() or (wanted and wanted not in inner):
+                # A list of numbers beside a plain number is a range or a shape only where no plain number is meant.
+                return True
+        elif isinstance(option, str) and "list" in option.lower():
+            return True
+    return False
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The alternatives of a (nested) union."""
+    if typing.get_origin(annotation) in (list, tuple, Sequence) or not typing.get_args(annotation):
+        return [annotation]
+    return [option for part in typing.get_args(annotation) for option in _options(part)]
+
+
+def rows_of(output: Any, num_rows: int) -> list[tuple[Any, ...]]:
+    """The pipeline's first output, row by row: one picture, the frames of a video, or another medium's array.
+
+    Raises:
+        UnsupportedPipelineError: if the output does not split into rows.
+    """
+    rows = output[0]
+    if num_rows == 1 and len(rows) != 1:
+        rows = [rows]
+    if len(rows) != num_rows:
+        raise UnsupportedPipelineError(f"the pipeline returned {len(rows)} results for {num_rows} prompts")
+    return [_media(row) for row in rows]
+
+
+def _media(row: Any) -> tuple[Any, ...]:
+    if isinstance(row, (list, tuple)):
+        return tuple(row)
+    if isinstance(row, np.ndarray) and row.ndim == 4 and row.shape[-1] in (1, 3):  # [F, H, W, C] in [0, 1]
+        return tuple(VaeImageProcessor.numpy_to_pil(row))
+    return (row,)
