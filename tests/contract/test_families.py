@@ -31,8 +31,10 @@ def built(name: str) -> tuple:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(3)
-    # Many end tokens: completions of ragged lengths.
-    model.generation_config.eos_token_id = [3, *range(4, model.get_output_embeddings().weight.shape[0], 7)]
+    # Many end tokens, none of them special: completions of ragged lengths.
+    words = getattr(processor, "tokenizer", processor)
+    special = {token for token, added in words.added_tokens_decoder.items() if added.special}
+    model.generation_config.eos_token_id = [3, *(set(range(4, len(words), 7)) - special)]
     return model, processor
 
 
