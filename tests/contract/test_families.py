@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from unified_rl.policies.causal_lm import CausalLMPolicy
+from unified_rl.policies.frozen_tower import find_towers
 from unified_rl.recipe import Adapter, PolicyBlock, TextSampling
 from unified_rl.types import Prompt
 
@@ -39,7 +40,7 @@ def built(name: str) -> tuple:
 
 
 def policy_of(name: str, *, adapter: bool = False, **sampling: float) -> CausalLMPolicy:
-    model, processor = copy.deepcopy(built(name)[0]) if adapter else built(name)[0], built(name)[1]
+    model, processor = copy.deepcopy(built(name)[0]), built(name)[1]
     block = PolicyBlock(
         model=name,
         family="causal_lm",
@@ -128,6 +129,15 @@ def test_gradients_reach_everything_but_the_vision_tower(name: str, adapter: boo
         ), "pictures are connected to the language model by trained weights"
 
 
+@pytest.mark.parametrize("name", SEEING)
+def test_a_picture_may_stand_closer_to_the_end_than_the_completion_is_long(name: str):
+    """Token types of a completion are text, also where the prompt's last tokens are a picture's."""
+    policy = policy_of(name)
+    segment = policy.sample(prompts((1, 1, 1))).segments["text"]
+    stats = policy.log_prob("text", segment, slice(None))
+    assert (stats.log_probs - segment.rollout_log_probs).abs().max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_group_shares_its_prefill_and_gets_the_same_samples(name: str):
     family = FAMILIES[name]
@@ -154,6 +164,27 @@ def test_a_prefill_sees_each_picture_once_and_finished_rows_leave(name: str):
     assert batches[0][0] == 2, "two prompts"
     assert [rows for rows, _ in batches[1:]] == alive[1:]
     assert alive[-1] < 8
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_frozen_tower_runs_once_for_all_scoring_forwards(name: str):
+    policy = policy_of(name, adapter=True)
+    segment = policy.sample(prompts(mixture(FAMILIES[name]))).segments["text"]
+    runs = []
+    for layer in find_towers(policy.module)[0].modules():
+        if not list(layer.children()) and list(layer.parameters()):
+            layer.register_forward_hook(lambda *_: runs.append(1))
+    with policy.reference():
+        first = policy.log_prob("text", segment, slice(None))
+        assert first.entropy is None, "nothing uses the reference's entropy"
+    once = len(runs)
+    again = policy.log_prob("text", segment, slice(None))
+    assert once and len(runs) == once
+    torch.testing.assert_close(again.log_probs, first.log_probs, rtol=0, atol=1e-6)
+    other = policy.sample(prompts((1,) * 5)).segments["text"]
+    assert len(runs) > once, "other pictures are looked at"
+    stats = policy.log_prob("text", other, slice(None))
+    assert (stats.log_probs - other.rollout_log_probs).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", SEEING)

@@ -32,7 +32,9 @@ from transformers.utils import ModelOutput
 
 from unified_rl.errors import RecipeError
 from unified_rl.policies.categorical_head import CategoricalHead, processors, score
+from unified_rl.policies.frozen_tower import remember
 from unified_rl.policies.lora import lora_config, select_trained
+from unified_rl.policies.memo import Memo
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, is_token_column, kinds
 from unified_rl.recipe import PolicyBlock, TextSampling
@@ -96,6 +98,9 @@ class CausalLMPolicy:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(block.train is not None or VISION.search(name) is None)
         select_trained(model, block.train)
+        memo = Memo()
+        for each in (model, *([] if self._reference is None else [self._reference])):
+            remember(each, memo)  # a frozen copy's tower has the same weights
         self._active: Any = model
         self._in_reference = False
         self.shares_prefill = can_share_prefill(model)
@@ -276,18 +281,19 @@ class CausalLMPolicy:
         model, num_steps = self._active, tokens.shape[1]
         batch = self._inputs.collate(rows, self._device)
         prompt_ids = batch["input_ids"]
-        length = prompt_ids.shape[1] + num_steps
         arguments: dict[str, Any] = {key: value for key, value in batch.items() if key != "input_ids"}
         accepted = inspect.signature(model.forward).parameters
         if "position_ids" in accepted:
             arguments["position_ids"] = model._prepare_position_ids_for_generation(prompt_ids, batch)
-        arguments = model._update_model_kwargs_for_generation(
-            ModelOutput(), arguments, is_encoder_decoder=False, num_new_tokens=num_steps
-        )
+        # One token at a time, as while sampling: asked for several, it repeats the prompt's last token types, pictures'
+        # included. Every further token gets what the first one got, and the next position.
+        arguments = model._update_model_kwargs_for_generation(ModelOutput(), arguments, is_encoder_decoder=False)
         for name, value in arguments.items():
-            if name in batch and is_token_column(rows, name) and value.shape[1] < length:
-                # A column that the model continues by one token whatever the number (Mllama's cross-attention mask).
-                arguments[name] = torch.cat([value, *[value[:, -1:]] * (length - value.shape[1])], dim=1)
+            if name == "position_ids":
+                later = value[..., -1:] + torch.arange(1, num_steps, device=self._device)
+                arguments[name] = torch.cat([value, later], dim=-1)
+            elif name in batch and is_token_column(rows, name):
+                arguments[name] = torch.cat([value, *[value[:, -1:]] * (num_steps - 1)], dim=1)
         keep = {"logits_to_keep": num_steps + 1} if "logits_to_keep" in accepted else {}
         prepared = model.prepare_inputs_for_generation(
             torch.cat([prompt_ids, tokens], dim=1), is_first_iteration=True, use_cache=False, **arguments, **keep
