@@ -61,6 +61,19 @@ def make_processor() -> Idefics3Processor:
     return Idefics3Processor(pictures, tokenizer, image_seq_len=(SIDE // 8 // 2) ** 2)
 
 
+def make_prompts(num: int, group_size: int) -> list[Prompt]:
+    """Groups with pictures never seen before: those of an earlier round would be found in the policy's memory."""
+    text = "<image>" + "".join(chr(0x4E00 + index) for index in range(20))
+    prompts = []
+    for group in range(num):
+        image = Image.effect_noise((SIDE, SIDE), 60).convert("RGB")
+        prompts += [
+            Prompt(text=text, images=(image,), columns={}, group_id=group, seed=100 * group + member)
+            for member in range(group_size)
+        ]
+    return prompts
+
+
 def timed(policy: CausalLMPolicy, prompts: list[Prompt], share: bool) -> tuple[float, torch.Tensor]:
     """Seconds of one rollout, and its log-probs."""
     policy.shares_prefill = share
@@ -82,15 +95,10 @@ def main() -> None:
     policy = CausalLMPolicy(model, make_processor(), PolicyBlock(model="-", family="causal_lm", sampling=sampling))
     policy._end_ids = [VOCABULARY]  # beyond the vocabulary: no row ends, both paths decode equally many tokens
     model.generation_config.eos_token_id = policy._end_ids
-    text = "<image>" + "".join(chr(0x4E00 + index) for index in range(20))
-    prompts = []
-    for group in range(arguments.prompts):
-        image = Image.effect_noise((SIDE, SIDE), 20 + 40 * group).convert("RGB")
-        prompts += [
-            Prompt(text=text, images=(image,), columns={}, group_id=group, seed=100 * group + member)
-            for member in range(arguments.group_size)
-        ]
-    pairs = [(timed(policy, prompts, True), timed(policy, prompts, False)) for _ in range(arguments.rounds)]
+    pairs = []
+    for _ in range(arguments.rounds):
+        prompts = make_prompts(arguments.prompts, arguments.group_size)
+        pairs.append((timed(policy, prompts, True), timed(policy, prompts, False)))
     shared = statistics.median(one[0] for one, _ in pairs)
     plain = statistics.median(one[0] for _, one in pairs)
     gap = max(float((ours[1] - theirs[1]).abs().max()) for ours, theirs in pairs)
