@@ -1,12 +1,11 @@
 """Any transformers text or image-text-to-text generator as a policy: its logits processors are the policy head.
 
-Sampling is the model's own `generate`; the last logits processor draws each token from the processed distribution with
-the row's own random numbers and records its log-prob. Scoring is one teacher-forced forward over the same left-padded
-layout, with inputs prepared by the model's own `prepare_inputs_for_generation`, under the same processors.
+Sampling is the model's own `generate`; each token is drawn from the processed distribution with the row's own random
+numbers, and its log-prob recorded. Scoring is one teacher-forced forward over the same left-padded layout, with inputs
+continued and prepared by the model's own methods, as `generate` does it, under the same processors.
 """
 
 import copy
-import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,45 +24,24 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from unified_rl.errors import RecipeError
+from unified_rl.policies.categorical_head import CategoricalHead, processors, score
+from unified_rl.policies.frozen_tower import remember
 from unified_rl.policies.lora import lora_config, select_trained
+from unified_rl.policies.memo import Memo
+from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
+from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, is_token_column, kinds
 from unified_rl.recipe import PolicyBlock, TextSampling
-from unified_rl.transitions import categorical
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
 
 SEGMENT = "text"
 VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder)\.")
-
-
-class CategoricalHead(LogitsProcessor):
-    """Draws from the scores that reach it by inverting the distribution function, and records the log-prob.
-
-    It leaves only the drawn token's score finite, so that greedy decoding takes it.
-    """
-
-    def __init__(self, uniforms: Tensor) -> None:
-        self._uniforms = uniforms
-        """[B, S] float64 in [0, 1): one number a row and step."""
-        self.log_probs: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = len(self.log_probs)
-        cumulative = scores.double().softmax(-1).cumsum(-1)
-        threshold = self._uniforms[:, step, None].to(scores.device) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[-1] - 1)
-        self.log_probs.append(categorical.log_probs(scores[:, None], tokens)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter(-1, tokens, 0.0)
 
 
 class CausalLMPolicy:
@@ -104,11 +82,11 @@ class CausalLMPolicy:
         self._shipped_generation_config = model.generation_config
         self._end_ids = _end_ids(model.generation_config, self._tokenizer)
         pad_id = self._tokenizer.pad_token_id
-        self._pad_id = pad_id if pad_id is not None else self._end_ids[0]
+        self._inputs = TextInputs(processor, pad_id if pad_id is not None else self._end_ids[0])
         self._suppressed = _suppressed_ids(model, self._tokenizer, self._end_ids)
         # generate() fills what a call leaves open from the model's own generation config (repetition penalties,
         # top-k...): those would change the distribution behind the recipe's back.
-        model.generation_config = GenerationConfig(eos_token_id=self._end_ids, pad_token_id=self._pad_id)
+        model.generation_config = GenerationConfig(eos_token_id=self._end_ids, pad_token_id=self._inputs.pad_id)
         model.requires_grad_(False).eval()
         self.module: Any = model
         self._reference: nn.Module | None = None
@@ -120,7 +98,13 @@ class CausalLMPolicy:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(block.train is not None or VISION.search(name) is None)
         select_trained(model, block.train)
+        memo = Memo()
+        for each in (model, *([] if self._reference is None else [self._reference])):
+            remember(each, memo)  # a frozen copy's tower has the same weights
         self._active: Any = model
+        self._in_reference = False
+        self.shares_prefill = can_share_prefill(model)
+        """Whether a group's prompt is prefilled once. False gives the plain path: slower, the same samples."""
 
     @classmethod
     def load(
@@ -151,25 +135,29 @@ class CausalLMPolicy:
         )
 
     def sample(self, prompts: Sequence[Prompt], *, evaluation: bool = False) -> Trajectory:
-        """Generate once for the batch; the log-probs are those of the processed distribution."""
+        """Generate for the batch; the log-probs are those of the processed distribution.
+
+        Rows of the same prompt are prefilled once where the model's cache allows it (`shares_prefill`); the result is
+        the same, to rounding, as generating each row on its own.
+        """
         settings = self._settings[evaluation]
-        inputs = self._prepare_all(prompts, settings)
-        batch = self._collate(inputs)
+        inputs = self._inputs.prepare_all(prompts, settings)
         generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
-        uniforms = [torch.rand(settings.max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
-        head = CategoricalHead(torch.stack(uniforms))
-        with torch.no_grad():
-            sequences = self._active.generate(
-                **batch,
-                generation_config=GenerationConfig(do_sample=False, max_new_tokens=settings.max_new_tokens),
-                logits_processor=LogitsProcessorList([*self._processors(settings), head]),
-            )
-        tokens = sequences[:, batch["input_ids"].shape[1] :].cpu()
+        uniforms = torch.stack(
+            [torch.rand(settings.max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
+        )
+        generate = self._generate_shared if self.shares_prefill else self._generate_plain
+        tokens = torch.full(uniforms.shape, self._inputs.pad_id)
+        log_probs = torch.zeros(uniforms.shape)
+        for kind in kinds(inputs):
+            drawn, drawn_log_probs = generate([inputs[row] for row in kind], uniforms[kind], settings)
+            tokens[kind, : drawn.shape[1]], log_probs[kind, : drawn.shape[1]] = drawn, drawn_log_probs
         lengths = self._lengths(tokens)
-        mask = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
+        tokens, log_probs = tokens[:, : max(lengths)], log_probs[:, : max(lengths)]
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         segment = Segment(
             actions={"inputs": inputs, "tokens": [row[:n] for row, n in zip(tokens, lengths, strict=True)]},
-            rollout_log_probs=torch.stack(head.log_probs, dim=1).cpu().masked_fill(~mask, 0.0),
+            rollout_log_probs=log_probs.masked_fill(~mask, 0.0),
             loss_mask=mask,
             turn_ids=torch.zeros(mask.shape, dtype=torch.int64),
         )
@@ -181,46 +169,89 @@ class CausalLMPolicy:
             policy_version=self.version,
         )
 
+    def _generate_shared(self, rows: list[Inputs], uniforms: Tensor, settings: TextSampling) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probs [N, S] of rows of one kind, each distinct prompt prefilled once."""
+        unique, owner = distinct(rows)
+        decode = SharedPrefill(self._chain(settings), uniforms, owner, self._end_ids, self._inputs.pad_id)
+        config = GenerationConfig(do_sample=False, max_new_tokens=settings.max_new_tokens)
+        with torch.no_grad():
+            self._active.generate(
+                **self._inputs.collate(unique, self._device), generation_config=config, custom_generate=decode
+            )
+        return decode.tokens, decode.log_probs
+
+    def _generate_plain(self, rows: list[Inputs], uniforms: Tensor, settings: TextSampling) -> tuple[Tensor, Tensor]:
+        """The same by the model's own decoding loop, with every row prefilled."""
+        batch = self._inputs.collate(rows, self._device)
+        head = CategoricalHead(uniforms)
+        with torch.no_grad():
+            sequences = self._active.generate(
+                **batch,
+                generation_config=GenerationConfig(do_sample=False, max_new_tokens=settings.max_new_tokens),
+                logits_processor=LogitsProcessorList([*self._chain(settings), head]),
+            )
+        return sequences[:, batch["input_ids"].shape[1] :].cpu(), torch.stack(head.log_probs, dim=1).cpu()
+
     def log_prob(self, name: str, segment: Segment, steps: slice) -> StepStats:
-        """Teacher-forced log-probs [B, s] of the recorded tokens; logits are computed for completions only."""
+        """Teacher-forced log-probs [B, s] of the recorded tokens; logits are computed for completions only.
+
+        The entropy is left out inside `reference()`, where nothing uses it.
+        """
         assert name == SEGMENT, f"a language model has no segment {name!r}"
         num_steps = segment.rollout_log_probs.shape[1]
         start, stop, _ = steps.indices(num_steps)
-        rows: list[Tensor] = segment.actions["tokens"]  # type: ignore[assignment]
-        length = max(len(row) for row in rows)
-        tokens = torch.stack([pad(row, (0, length - len(row)), value=self._pad_id) for row in rows])
-        mask = torch.stack([pad(torch.ones_like(row), (0, length - len(row))) for row in rows])
-        batch = self._collate(segment.actions["inputs"])  # type: ignore[arg-type]
-        tokens, mask = tokens.to(batch["input_ids"].device), mask.to(batch["input_ids"].device)
-        logits = self._completion_logits(batch, tokens, mask)
-        logits = self._processed(logits, tokens)
-        log_probs = categorical.log_probs(logits, tokens).masked_fill(mask == 0, 0.0)
-        entropy = categorical.entropy(logits if self._entropy_gradient else logits.detach())
-        fill = (0, num_steps - length)
+        inputs: list[Inputs] = segment.actions["inputs"]  # type: ignore[assignment]
+        tokens: list[Tensor] = segment.actions["tokens"]  # type: ignore[assignment]
+        groups = kinds(inputs)
+        parts = [
+            self._score([inputs[row] for row in kind], [tokens[row] for row in kind], num_steps) for kind in groups
+        ]
+        order = torch.tensor([row for kind in groups for row in kind]).argsort().to(self._device)
+        log_probs = torch.cat([log_probs for log_probs, _ in parts])[order]
+        entropies = [entropy for _, entropy in parts if entropy is not None]
         return StepStats(
-            log_probs=pad(log_probs, fill)[:, start:stop],
-            entropy=pad(entropy.masked_fill(mask == 0, 0.0), fill)[:, start:stop],
+            log_probs=log_probs[:, start:stop],
+            entropy=torch.cat(entropies)[order][:, start:stop] if entropies else None,
             mean=None,
             std=None,
         )
 
+    def _score(self, rows: list[Inputs], completions: list[Tensor], num_steps: int) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropy [B, num_steps] of rows of one kind, 0 beyond their completions."""
+        length = max(len(row) for row in completions)
+        tokens = torch.stack([pad(row, (0, length - len(row)), value=self._inputs.pad_id) for row in completions])
+        tokens = tokens.to(self._device)
+        lengths = torch.tensor([len(row) for row in completions], device=self._device)
+        masked = torch.arange(length, device=self._device) >= lengths[:, None]
+        settings = self._settings[False]
+        log_probs, entropy = score(
+            self._completion_logits(rows, tokens),
+            tokens,
+            self._chain(settings),
+            settings.temperature,
+            entropy="none" if self._in_reference else ("gradient" if self._entropy_gradient else "value"),
+        )
+        fill = (0, num_steps - length)
+        entropy = entropy if entropy is None else pad(entropy.masked_fill(masked, 0.0), fill)
+        return pad(log_probs.masked_fill(masked, 0.0), fill), entropy
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The adapter switched off, or the frozen copy in the model's place."""
-        if self._block.adapter.kind == "lora":
-            self.module.disable_adapters()
-            try:
-                yield
-            finally:
-                self.module.enable_adapters()
-            return
-        if self._reference is None:
+        lora = self._block.adapter.kind == "lora"
+        if not lora and self._reference is None:
             raise RuntimeError("this policy was built without a reference")
-        self._active = self._reference
+        if lora:
+            self.module.disable_adapters()
+        self._active = self.module if lora else self._reference
+        self._in_reference = True
         try:
             yield
         finally:
+            self._in_reference = False
             self._active = self.module
+            if lora:
+                self.module.enable_adapters()
 
     def save(self, directory: Path) -> None:
         """Full fine-tuning: model and processor; LoRA: peft's adapter files and the processor."""
@@ -241,127 +272,47 @@ class CausalLMPolicy:
         saved = type(model).from_pretrained(directory, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
 
-    def _completion_logits(self, batch: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> Tensor:
-        """[B, S, V] float32 logits that predicted `tokens` [B, S]."""
+    def _completion_logits(self, rows: list[Inputs], tokens: Tensor) -> Tensor:
+        """[B, S, V] logits that predicted `tokens` [B, S], in the model's dtype.
+
+        The prompt's inputs are continued for the completion by the model's own `_update_model_kwargs_for_generation`,
+        as they were while sampling: positions, token types and masks are the same by construction.
+        """
         model, num_steps = self._active, tokens.shape[1]
-        input_ids = torch.cat([batch["input_ids"], tokens], dim=1)
-        extra = {key: value for key, value in batch.items() if key != "input_ids"}
-        extra["attention_mask"] = torch.cat([batch["attention_mask"], mask.to(batch["attention_mask"])], dim=1)
-        for key in ("token_type_ids", "mm_token_type_ids"):
-            if key in extra:
-                extra[key] = pad(extra[key], (0, num_steps))
+        batch = self._inputs.collate(rows, self._device)
+        prompt_ids = batch["input_ids"]
+        arguments: dict[str, Any] = {key: value for key, value in batch.items() if key != "input_ids"}
         accepted = inspect.signature(model.forward).parameters
         if "position_ids" in accepted:
-            extra["position_ids"] = model._prepare_position_ids_for_generation(
-                input_ids, {"input_ids": input_ids, **extra}
-            )
-        keep = {}
-        if "logits_to_keep" in accepted:
-            keep = {"logits_to_keep": num_steps + 1}
-        prepared = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, use_cache=False, **extra)
-        logits = model(**prepared, **keep, return_dict=True).logits
-        return logits[:, -(num_steps + 1) : -1].float()
+            arguments["position_ids"] = model._prepare_position_ids_for_generation(prompt_ids, batch)
+        # One token at a time, as while sampling: asked for several, it repeats the prompt's last token types, pictures'
+        # included. Every further token gets what the first one got, and the next position.
+        arguments = model._update_model_kwargs_for_generation(ModelOutput(), arguments, is_encoder_decoder=False)
+        for name, value in arguments.items():
+            if name == "position_ids":
+                later = value[..., -1:] + torch.arange(1, num_steps, device=self._device)
+                arguments[name] = torch.cat([value, later], dim=-1)
+            elif name in batch and is_token_column(rows, name):
+                arguments[name] = torch.cat([value, *[value[:, -1:]] * (num_steps - 1)], dim=1)
+        keep = {"logits_to_keep": num_steps + 1} if "logits_to_keep" in accepted else {}
+        prepared = model.prepare_inputs_for_generation(
+            torch.cat([prompt_ids, tokens], dim=1), is_first_iteration=True, use_cache=False, **arguments, **keep
+        )
+        logits = model(**prepared, return_dict=True).logits
+        return logits[:, -(num_steps + 1) : -1]
 
-    def _processors(self, settings: TextSampling) -> list[LogitsProcessor]:
-        device = next(self._active.parameters()).device
-        processors: list[LogitsProcessor] = [SuppressTokensLogitsProcessor(self._suppressed, device=device)]
-        if settings.temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k is not None:
-            processors.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p is not None and settings.top_p < 1.0:
-            processors.append(TopPLogitsWarper(settings.top_p))
-        if settings.min_p is not None:
-            processors.append(MinPLogitsWarper(settings.min_p))
-        return processors
+    def _chain(self, settings: TextSampling) -> LogitsProcessorList:
+        return processors(settings, self._suppressed, self._device)
 
-    def _processed(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """The behaviour policy's distribution [B, S, V] from the model's logits."""
-        settings = self._settings[False]
-        flat = logits.flatten(0, 1)
-        for processor in self._processors(settings):
-            flat = processor(tokens.flatten()[:, None], flat)
-        # At the edge of top-k, top-p or min-p, rounding may drop a token that was drawn; it stays a candidate.
-        chosen = tokens.flatten()[:, None]
-        dropped = flat.gather(-1, chosen).isneginf()
-        if dropped.any():
-            raw = logits.flatten(0, 1).gather(-1, chosen) / settings.temperature
-            flat = flat.scatter(-1, chosen, torch.where(dropped, raw, flat.gather(-1, chosen)))
-        return flat.view_as(logits)
+    @property
+    def _device(self) -> torch.device:
+        return next(self._active.parameters()).device
 
     def _lengths(self, tokens: Tensor) -> list[int]:
         """Decisions of each row: up to and including its first end token."""
         ended = torch.isin(tokens, torch.tensor(self._end_ids))
         first = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])
         return first.tolist()
-
-    def _prepare_all(self, prompts: Sequence[Prompt], settings: TextSampling) -> list[dict[str, Tensor]]:
-        """Processed inputs per row; a group's rows share one."""
-        seen: dict[tuple, dict[str, Tensor]] = {}
-        rows = []
-        for prompt in prompts:
-            key = (prompt.group_id, str(prompt.text), tuple(id(image) for image in prompt.images))
-            if key not in seen:
-                seen[key] = self._prepare(prompt, settings)
-            rows.append(seen[key])
-        return rows
-
-    def _prepare(self, prompt: Prompt, settings: TextSampling) -> dict[str, Tensor]:
-        text, templated = self._render(prompt, settings)
-        images = {"images": [list(prompt.images)]} if prompt.images else {}
-        inputs = self._processor(text=[text], **images, return_tensors="pt", add_special_tokens=not templated)
-        length = inputs["input_ids"].shape[1]
-        if settings.max_prompt_tokens is not None and length > settings.max_prompt_tokens:
-            raise RecipeError(
-                f"policy.sampling.max_prompt_tokens: a prompt has {length} tokens ({text[:60]!r}...); raise the limit "
-                "or drop the row (prompts are never cut)"
-            )
-        return dict(inputs)
-
-    def _render(self, prompt: Prompt, settings: TextSampling) -> tuple[str, bool]:
-        """The prompt as one string, and whether a chat template (which brings its special tokens) made it."""
-        if not settings.chat_template or not self._processor.chat_template:
-            if not isinstance(prompt.text, str):
-                raise RecipeError("policy.sampling.chat_template: chat messages need a model with a chat template")
-            return prompt.text, False
-        messages = prompt.text
-        if isinstance(messages, str):
-            pictures = [{"type": "image"} for _ in prompt.images]
-            content: Any = [*pictures, {"type": "text", "text": messages}] if pictures else messages
-            if not pictures and self._processor is not self._tokenizer:
-                content = [{"type": "text", "text": messages}]
-            messages = [{"role": "user", "content": content}]
-        return self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), True
-
-    def _collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Join processed rows: token columns are padded on the left, everything else is joined along dimension 0."""
-        keys = set(rows[0])
-        if any(set(row) != keys for row in rows):
-            raise RecipeError("data: rows with and without images in one batch are not supported by this policy")
-        longest = max(row["input_ids"].shape[1] for row in rows)
-        fills = {"input_ids": self._pad_id}
-        device = next(self._active.parameters()).device
-        batch = {}
-        for key in rows[0]:
-            parts = [row[key] for row in rows]
-            if parts[0].shape == rows[0]["input_ids"].shape:
-                parts = [pad(part, (longest - part.shape[1], 0), value=fills.get(key, 0)) for part in parts]
-            else:
-                parts = _padded(parts)
-            batch[key] = torch.cat(parts).to(device)
-        return batch
-
-
-def _padded(parts: list[Tensor]) -> list[Tensor]:
-    """Zero-pad dimensions after the first to the largest size (pictures that a processor marks as padding by zeros)."""
-    target = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-    if all(list(part.shape[1:]) == target for part in parts):
-        return parts
-    grown = []
-    for part in parts:
-        widths = [(0, want - size) for want, size in zip(target, part.shape[1:], strict=True)]
-        grown.append(pad(part, functools.reduce(lambda right, left: (*left, *right), widths, ())))
-    return grown
 
 
 def _end_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

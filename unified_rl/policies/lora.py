@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 from peft import LoraConfig
 from torch import nn
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from unified_rl.errors import RecipeError
 from unified_rl.recipe import Adapter
 
 _ATTENTION = re.compile(
     r"(?:^|[._])(?:to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"
-    r"|q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|qkv|query|key|value|c_attn)$"
+    r"|q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|qkv|query_key_value|query|key|value|c_attn)$"
 )
 
 
@@ -21,7 +22,7 @@ def target_names(module: nn.Module, adapter: Adapter, exclude: re.Pattern[str] |
     Raises:
         RecipeError: if nothing matches.
     """
-    linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
     if exclude is not None:
         linears = [name for name in linears if not exclude.search(name)]
     if adapter.targets == "auto":

@@ -1,0 +1,159 @@
+"""Prompts as a transformers model wants them: rendered, processed a prompt at a time, and joined into batches."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from unified_rl.errors import RecipeError
+from unified_rl.recipe import TextSampling
+from unified_rl.types import Prompt
+
+MAX_PICTURE_SIDE = 16_384
+"""Pixels; a larger picture is refused before a processor allocates for it."""
+
+Inputs = dict[str, Tensor]
+"""One prompt as its processor returns it: every tensor has the leading dimension that it has for a batch of one."""
+
+
+class TextInputs:
+    """Renders prompts and runs the processor."""
+
+    def __init__(self, processor: Any, pad_id: int) -> None:
+        """
+        Args:
+            processor: a processor, or the tokenizer of a text-only model.
+        """
+        self.processor = processor
+        is_tokenizer = isinstance(processor, PreTrainedTokenizerBase)
+        self.tokenizer: PreTrainedTokenizerBase = processor if is_tokenizer else processor.tokenizer
+        self.pad_id = pad_id
+
+    def prepare_all(self, prompts: Sequence[Prompt], settings: TextSampling) -> list[Inputs]:
+        """Processed inputs per row; rows of the same prompt share one object.
+
+        Raises:
+            RecipeError: see `prepare`.
+        """
+        seen: dict[tuple, Inputs] = {}
+        rows = []
+        for prompt in prompts:
+            key = (prompt.group_id, str(prompt.text), tuple(id(image) for image in prompt.images))
+            if key not in seen:
+                seen[key] = self.prepare(prompt, settings)
+            rows.append(seen[key])
+        return rows
+
+    def prepare(self, prompt: Prompt, settings: TextSampling) -> Inputs:
+        """Process one prompt.
+
+        Raises:
+            RecipeError: if the prompt is too long, a picture is unreadable or too large, or the model's processor
+                refuses the combination of text and pictures.
+        """
+        text, templated = self._render(prompt, settings)
+        images = {"images": [[_loaded(image) for image in prompt.images]]} if prompt.images else {}
+        try:
+            inputs = self.processor(text=[text], **images, return_tensors="pt", add_special_tokens=not templated)
+        except (ValueError, IndexError) as error:
+            reason = " ".join(str(error).split())
+            raise RecipeError(
+                f"data: the processor refuses a prompt with {len(prompt.images)} pictures ({text[:60]!r}...): {reason}"
+            ) from error
+        length = inputs["input_ids"].shape[1]
+        if settings.max_prompt_tokens is not None and length > settings.max_prompt_tokens:
+            raise RecipeError(
+                f"policy.sampling.max_prompt_tokens: a prompt has {length} tokens ({text[:60]!r}...); raise the limit "
+                "or drop the row (prompts are never cut)"
+            )
+        # Some processors add labels for supervised training.
+        return {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels"}
+
+    def _render(self, prompt: Prompt, settings: TextSampling) -> tuple[str, bool]:
+        """The prompt as one string, and whether a chat template (which brings its special tokens) made it."""
+        if not settings.chat_template or not self.processor.chat_template:
+            if not isinstance(prompt.text, str):
+                raise RecipeError("policy.sampling.chat_template: chat messages need a model with a chat template")
+            return prompt.text, False
+        messages = prompt.text
+        if isinstance(messages, str):
+            pictures = [{"type": "image"} for _ in prompt.images]
+            content: Any = [*pictures, {"type": "text", "text": messages}] if pictures else messages
+            if not pictures and self.processor is not self.tokenizer:
+                content = [{"type": "text", "text": messages}]
+            messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), True
+
+    def collate(self, rows: Sequence[Inputs], device: torch.device) -> Inputs:
+        """Join rows of one kind: token columns are padded on the left, everything else is joined along dimension 0."""
+        longest = max(row["input_ids"].shape[1] for row in rows)
+        batch = {}
+        for name in rows[0]:
+            parts = [row[name] for row in rows]
+            if is_token_column(rows, name):
+                fill = self.pad_id if name == "input_ids" else 0
+                parts = [_left_padded(part, longest, fill) for part in parts]
+            batch[name] = torch.cat(_padded(parts)).to(device)
+        return batch
+
+
+def kinds(rows: Sequence[Inputs]) -> list[list[int]]:
+    """Row numbers by kind: rows with the same inputs (with pictures, without) can share a batch.
+
+    A model may compute a row without pictures in another way when its batch holds some (cross-attention layers are
+    skipped, or attend to padding), so kinds are never mixed: a row's log-prob depends on no other row.
+    """
+    found: dict[frozenset[str], list[int]] = {}
+    for number, row in enumerate(rows):
+        found.setdefault(frozenset(row), []).append(number)
+    return list(found.values())
+
+
+def distinct(rows: Sequence[Inputs]) -> tuple[list[Inputs], list[int]]:
+    """The different prompts among rows, and for each row the number of its prompt."""
+    numbers: dict[int, int] = {}
+    owner = [numbers.setdefault(id(row), len(numbers)) for row in rows]
+    first = [owner.index(number) for number in range(len(numbers))]
+    return [rows[row] for row in first], owner
+
+
+def is_token_column(rows: Sequence[Inputs], name: str) -> bool:
+    """Whether an input has one entry a token, as attention masks do."""
+    return all(row[name].shape[:2] == row["input_ids"].shape for row in rows)
+
+
+def _left_padded(part: Tensor, length: int, fill: int) -> Tensor:
+    """[1, l, ...] to [1, length, ...]."""
+    return pad(part, (*(0, 0) * (part.ndim - 2), length - part.shape[1], 0), value=fill)
+
+
+def _padded(parts: list[Tensor]) -> list[Tensor]:
+    """Zero-pad dimensions after the first to the largest size (pictures that a processor marks as padding by zeros)."""
+    target = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    if all(list(part.shape[1:]) == target for part in parts):
+        return parts
+    grown = []
+    for part in parts:
+        widths = [(0, want - size) for want, size in zip(target, part.shape[1:], strict=True)]
+        grown.append(pad(part, functools.reduce(lambda right, left: (*left, *right), widths, ())))
+    return grown
+
+
+def _loaded(image: Any) -> Any:
+    """A picture whose file was read to its end.
+
+    Raises:
+        RecipeError: if it cannot be read or is too large.
+    """
+    if max(image.size) > MAX_PICTURE_SIDE:
+        width, height = image.size
+        raise RecipeError(f"data: a picture of {width} x {height} pixels; sides are limited to {MAX_PICTURE_SIDE}")
+    try:
+        image.load()
+    except (OSError, SyntaxError) as error:  # what Pillow raises for truncated and broken files
+        raise RecipeError(f"data: a picture cannot be read: {error}") from error
+    return image
