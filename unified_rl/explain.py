@@ -71,7 +71,8 @@ def plan(recipe: Recipe) -> Plan:
     windows = math.ceil(per_update / recipe.engine.micro_batch)
     num_rollouts = math.ceil(recipe.num_steps / recipe.updates_per_rollout)
     if isinstance(sampling, DiffusionSampling):
-        steps = recipe.objective_for("image").train_steps or sampling.num_inference_steps
+        noisy = sampling.noise_steps or sampling.num_inference_steps
+        steps = min(recipe.objective_for("image").train_steps or noisy, noisy)
         windows *= steps  # one forward for each denoising step
     else:
         steps = min(recipe.objective_for("text").train_steps or sampling.max_new_tokens, sampling.max_new_tokens)

@@ -38,6 +38,9 @@ class DiffusionSampling(Block):
     noise_level: float = Field(default=0.7, ge=0)
     """Noise of the kernel: Flow-GRPO's eta for flow_sde, the diffusion coefficient of dance_sde, the share of a quarter
     turn for cps (at most 1), DDIM's eta for ddim. 0: deterministic, nothing to train on."""
+    noise_steps: int | None = Field(default=None, ge=1)
+    """Only this many first steps, which lay out the picture, are stochastic and trained; the others follow the ODE
+    (as in Flow-GRPO-Fast). None: all."""
     call: dict[str, Any] = {}
     """Further arguments of the pipeline's call, for instance guidance_scale, height, width."""
 

@@ -1,7 +1,7 @@
 """Pre-train the quickstart's image generator: a tiny Stable Diffusion 3 that draws the embedded world's shapes.
 
-It learns in two stages. The first learns to draw from right captions. The second goes on with mostly wrong captions, as
-they are on the web: pictures stay crisp, but often do not show what was asked. So RL has something to repair, and the
+It learns in two stages. The first learns to draw from right captions. The second goes on with captions half of which are
+wrong, as on the web: pictures stay crisp, but often do not show what was asked. So RL has something to repair, and the
 right picture is always within the model's reach.
 
     python recipes/quickstart/make_shapes_sd3.py --output my_shapes_sd3
@@ -361,10 +361,10 @@ def save(pipeline: StableDiffusion3Pipeline, folder: Path, *, history: str) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write; replaced if it exists")
-    parser.add_argument("--clean-minutes", type=float, default=30.0, help="training time with right captions")
-    parser.add_argument("--misaligned-minutes", type=float, default=5.0, help="training time with wrong captions")
+    parser.add_argument("--clean-minutes", type=float, default=55.0, help="training time with right captions")
+    parser.add_argument("--misaligned-minutes", type=float, default=4.0, help="training time with wrong captions")
     parser.add_argument("--start", type=Path, help="train on from this checkpoint instead of from scratch")
-    parser.add_argument("--wrong-share", type=float, default=0.6, help="share of wrong captions in the second stage")
+    parser.add_argument("--wrong-share", type=float, default=0.5, help="share of wrong captions in the second stage")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the first stage; the second takes half")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

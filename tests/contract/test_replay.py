@@ -22,14 +22,16 @@ def image_prompts(text: str, num: int) -> list[Prompt]:
     return [Prompt(text=t, images=(), columns={}, group_id=row % 2, seed=row) for row, t in enumerate(texts)]
 
 
-def diffusion_policy(folder: Path, *, dtype: str = "float32", lora: bool = False, **call: float) -> DiffusionPolicy:
+def diffusion_policy(
+    folder: Path, *, dtype: str = "float32", lora: bool = False, noise_steps: int | None = None, **call: float
+) -> DiffusionPolicy:
     torch.manual_seed(0)
     block = PolicyBlock(
         model=str(folder),
         family="diffusion",
         dtype=dtype,
         adapter=Adapter(kind="lora" if lora else "none", rank=4),
-        sampling=DiffusionSampling(num_inference_steps=NUM_STEPS, noise_level=0.8, call=call),
+        sampling=DiffusionSampling(num_inference_steps=NUM_STEPS, noise_level=0.8, noise_steps=noise_steps, call=call),
     )
     still = block.sampling.model_copy(update={"noise_level": 0.0})
     return DiffusionPolicy.load(block, evaluation=still, with_reference=True, device=torch.device("cpu"))
@@ -96,6 +98,16 @@ def test_guidance_is_part_of_the_policy(quickstart: Path, name: str):
     assert max(gap(guided, segment, step) for step in range(NUM_STEPS)) == 0.0
     # The plain policy's recording has one denoiser row a sample, the guided one's two: score an asked first step only.
     assert gap(plain, segment, 0) > 1e-5
+
+
+def test_steps_after_the_noisy_ones_follow_the_ode(quickstart: Path):
+    policy = diffusion_policy(quickstart / "shapes_sd3", noise_steps=2)
+    segment = policy.sample(image_prompts("a red circle", 2)).segments["image"]
+    assert segment.loss_mask.tolist() == [[True, True] + [False] * (NUM_STEPS - 2)] * 2
+    assert (segment.rollout_log_probs[:, 2:] == 0).all()
+    assert max(gap(policy, segment, step) for step in range(NUM_STEPS)) == 0.0
+    every = diffusion_policy(quickstart / "shapes_sd3").sample(image_prompts("a red circle", 2)).segments["image"]
+    assert torch.equal(every.actions["states"][0][1], segment.actions["states"][0][1]), "the same draws so far"
 
 
 def test_steps_scored_together_equal_steps_scored_alone(quickstart: Path):

@@ -72,13 +72,13 @@ class DiffusionPolicy:
         """
         assert isinstance(block.sampling, DiffusionSampling)
         self.version = 0
-        self.max_steps: Mapping[str, int] = {SEGMENT: block.sampling.num_inference_steps}
+        self.max_steps: Mapping[str, int] = {SEGMENT: block.sampling.noise_steps or block.sampling.num_inference_steps}
         self._pipeline = pipeline
         self._block = block
         self._settings = {False: block.sampling, True: evaluation or block.sampling}
         self._call_defaults = dict(call_defaults or {})
         self._name = _denoiser_name(pipeline)
-        self._head = SchedulerHead(block.sampling.noise_level)
+        self._head = SchedulerHead()
         if "scheduler" not in pipeline.components:
             raise UnsupportedPipelineError(f"{type(pipeline).__name__}: no component named scheduler")
         pipeline.scheduler = stochastic_scheduler(pipeline.scheduler, block.sampling.kernel, self._head)
@@ -229,9 +229,9 @@ class DiffusionPolicy:
     def _pass(self, tape: Pass, denoise: Callable, prompts: Sequence[Prompt], evaluation: bool) -> Iterator[None]:
         """Drive the loop by `tape`, the denoiser's forward wrapped by `denoise`."""
         module = getattr(self._pipeline, self._name)
-        self._head.current = tape
+        settings = self._settings[evaluation]
+        self._head.begin(tape, noise_level=settings.noise_level, noise_steps=settings.noise_steps)
         self._seeds = [prompt.seed for prompt in prompts]
-        self._head.noise_level = self._settings[evaluation].noise_level
         module.forward = functools.wraps(module.forward)(functools.partial(denoise, module.forward))
         devices = [self._pipeline.device] if self._pipeline.device.type == "cuda" else []
         try:

@@ -130,11 +130,23 @@ def _without_copies(mean: Tensor, num_rows: int) -> tuple[Tensor, int]:
 class SchedulerHead:
     """Stands between a pipeline's scheduler and the current pass. `current` is set for the length of a pass."""
 
-    def __init__(self, noise_level: float) -> None:
-        self.noise_level = noise_level
-        self.kernel = "flow_sde"
+    def __init__(self) -> None:
+        self.kernel = KERNELS["flow"][0]
         """Which of `KERNELS` a flow scheduler steps with."""
         self.current: Pass | None = None
+        self._noise_level = 0.0
+        self._noise_steps: int | None = None
+
+    def begin(self, tape: Pass, *, noise_level: float, noise_steps: int | None) -> None:
+        """Take a pass whose first `noise_steps` steps (None: all) are drawn with `noise_level`, the others without."""
+        self.current, self._noise_level, self._noise_steps = tape, noise_level, noise_steps
+
+    @property
+    def noise_level(self) -> float:
+        """Noise of the current step."""
+        assert self.current is not None, "the scheduler is stepped outside of a pass"
+        noisy = self._noise_steps is None or self.current.step < self._noise_steps
+        return self._noise_level if noisy else 0.0
 
 
 class _StepOutput(BaseOutput):
