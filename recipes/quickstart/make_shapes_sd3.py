@@ -1,8 +1,8 @@
 """Pre-train the quickstart's image generator: a tiny Stable Diffusion 3 that draws the embedded world's shapes.
 
-It learns in two stages. The first learns to draw from right captions. The second goes on with captions half of which are
-wrong, as on the web: pictures stay crisp, but often do not show what was asked. So RL has something to repair, and the
-right picture is always within the model's reach.
+It learns in two stages. The first learns to draw from right captions. The second goes on with captions half of which
+are wrong, as on the web: pictures stay crisp, but often do not show what was asked. So RL has something to repair, and
+the right picture is always within the model's reach.
 
     python recipes/quickstart/make_shapes_sd3.py --output my_shapes_sd3
 

@@ -55,8 +55,8 @@ class Memo:
         self._held_bytes = 0
 
     def _put(self, key: Hashable, value: Any) -> None:
+        self._held_bytes += _num_bytes(value) - _num_bytes(self._store.get(key))
         self._store[key] = value
-        self._held_bytes += _num_bytes(value)
         while self._held_bytes > self._max_bytes and len(self._store) > 1:
             _, dropped = self._store.popitem(last=False)
             self._held_bytes -= _num_bytes(dropped)
@@ -95,13 +95,19 @@ class Memo:
                     *(_pick(value, index, num_rows) for value in args),
                     **{name: _pick(value, index, num_rows) for name, value in kwargs.items()},
                 )
-            if not _is_one_row(result):
+            if not _has_rows(result, 1):
                 return self.whole(name, function, args, kwargs)
             self._put(key, tuple(None if part is None else part[0] for part in result))
         found = [self._get(key) for key in keys]
         shapes = {tuple(None if part is None else part.shape for part in row) for row in found}
-        if len(shapes) > 1:  # padded to different lengths in different batches
-            return self.whole(name, function, args, kwargs)
+        if len(shapes) > 1:
+            # Cut or padded to the batch: the rows belong together as this batch encodes them, and a later window of
+            # them must find them so.
+            result = self.whole(name, function, args, kwargs)
+            if _has_rows(result, num_rows):
+                for row, key in enumerate(keys):
+                    self._put(key, tuple(None if part is None else part[row] for part in result))
+            return result
         return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True))
 
 
@@ -122,7 +128,7 @@ def _pick(value: Any, row: int, num_rows: int) -> Any:
     return value[row : row + 1] if _is_per_row(value, num_rows) else value
 
 
-def _is_one_row(result: Any) -> bool:
+def _has_rows(result: Any, num_rows: int) -> bool:
     return isinstance(result, tuple) and all(
-        part is None or (isinstance(part, Tensor) and part.ndim > 0 and len(part) == 1) for part in result
+        part is None or (isinstance(part, Tensor) and part.ndim > 0 and len(part) == num_rows) for part in result
     )
