@@ -31,9 +31,9 @@ Call = tuple[tuple, dict[str, Any], bool]
 
 def step(parts: Parts, index: int) -> tuple[float, float, float]:
     """Seconds of one step: sampling, judging, updating."""
-    rollout, row = collect(parts, index)
+    _, prepared, row = collect(parts, index)
     started = time.perf_counter()
-    for number, windows in enumerate(plan_updates(parts, rollout, index)):
+    for number, windows in enumerate(plan_updates(parts, prepared, index)):
         update(parts.policy, parts.engine, windows, first_update=number == 0)
     return row["time/rollout"], row["time/reward"], time.perf_counter() - started
 

@@ -104,10 +104,14 @@ def _axes(series: Sequence[Series]) -> _Axes:
 
 def _grid(axes: _Axes, x_label: str) -> list[str]:
     lines = []
-    for value in ticks(axes.y_low, axes.y_high):
+    marks = ticks(axes.y_low, axes.y_high)
+    digits = 4
+    while digits < 12 and len({f"{value:.{digits}g}" for value in marks}) < len(marks):
+        digits += 1  # a curve that hardly leaves 1 needs more than "1" at every line
+    for value in marks:
         y = axes.y(value)
         lines.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        lines.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{value:.4g}</text>')
+        lines.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{value:.{digits}g}</text>')
     for value in ticks(axes.x_low, axes.x_high, 5):
         if value == int(value):
             y = HEIGHT - BOTTOM + 15
