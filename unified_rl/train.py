@@ -41,7 +41,7 @@ from unified_rl.types import Prompt
 from unified_rl.update import update
 from unified_rl.windows import Window, cut, make_target
 
-DONE, FAILED, STOPPED = 0, 1, 143
+DONE, STOPPED = 0, 143
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

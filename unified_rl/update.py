@@ -37,7 +37,8 @@ def window_loss(policy: Policy, window: Window, metrics: StepMetrics, *, first_u
     metrics.num_steps += num_steps
     if first_update and num_steps:
         rollout = target.segment.rollout_log_probs[window.rows, window.steps].to(stats.log_probs.device)
-        gap = (stats.log_probs.detach() - rollout).abs()[mask].max()
+        # A NaN must fail the check of the gap, not slip through its comparisons.
+        gap = (stats.log_probs.detach() - rollout).abs()[mask].nan_to_num(nan=torch.inf).max()
         metrics.replay_gap = max(metrics.replay_gap, float(gap))
     loss = (per_step * target.weights[window.rows, window.steps].to(per_step)).sum()
     metrics.loss += float(loss.detach())

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 RatioLevel = Literal["token", "sequence", "sequence_token", "none"]
-Loss = Literal["clip", "cispo", "sapo", "reinforce", "drpo", "spo", "guard", "dppo"]
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +- this many nats (ratio 2e-9 to 4.9e8), so that exp cannot overflow; beyond it the
