@@ -7,7 +7,8 @@ from pathlib import Path
 from unified_rl.data.sources import check_source
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.imports import check_import
-from unified_rl.recipe import DiffusionSampling, PolicyBlock, Recipe
+from unified_rl.recipe import Recipe
+from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
 from unified_rl.rewards import check_rewards
 
 SEGMENTS = {"diffusion": "image", "causal_lm": "text"}

@@ -9,8 +9,11 @@ from typing import Any, get_args
 import yaml
 
 from unified_rl.presets import PRESETS
-from unified_rl.recipe import SAMPLING, Block, DiffusionSampling, Objective, Recipe
+from unified_rl.recipe import Recipe
+from unified_rl.recipe_block import Block
 from unified_rl.recipe_file import RECIPES
+from unified_rl.recipe_objective import Objective
+from unified_rl.recipe_policy import SAMPLING, DiffusionSampling
 from unified_rl.rewards import list_rewards
 from unified_rl.weights import Sizes, measure
 

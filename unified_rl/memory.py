@@ -8,7 +8,8 @@ from typing import Any
 
 from unified_rl.advantages import PromptStatistics
 from unified_rl.objectives.control import EntropyController, KLController
-from unified_rl.recipe import Objective, Recipe
+from unified_rl.recipe import Recipe
+from unified_rl.recipe_objective import Objective
 
 
 class Memory:

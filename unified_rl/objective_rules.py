@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unified_rl.recipe import Objective
+    from unified_rl.recipe_objective import Objective
 
 LOSS_NAMES = ["clip", "cispo", "sapo", "reinforce", "drpo", "spo", "guard", "dppo"]
 """Keys of `objectives.policy_gradient.LOSSES`, which needs torch (a test holds them equal)."""

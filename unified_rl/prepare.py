@@ -20,7 +20,8 @@ from unified_rl.memory import Memory
 from unified_rl.objective_rules import GAUSSIAN_LOSSES
 from unified_rl.objectives import kl as divergence
 from unified_rl.protocols import Policy
-from unified_rl.recipe import Objective, Recipe
+from unified_rl.recipe import Recipe
+from unified_rl.recipe_objective import Objective
 from unified_rl.rollout import Rollout
 from unified_rl.types import Prompt, Segment
 

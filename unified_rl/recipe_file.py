@@ -13,7 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.presets import PRESETS
-from unified_rl.recipe import SAMPLING, Objective, Recipe, RewardBlock
+from unified_rl.recipe import Recipe, RewardBlock
+from unified_rl.recipe_objective import Objective
+from unified_rl.recipe_policy import SAMPLING
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 """Where the recipes that ship with the project lie; they may be named without their path."""

@@ -20,44 +20,22 @@ from pathlib import Path
 import torch
 
 from unified_rl.advantages import zero_std_fraction
+from unified_rl.assemble import Parts, assemble
 from unified_rl.checkpoint import find_checkpoint, load_state, save_checkpoint
-from unified_rl.data.prompts import PromptSampler
-from unified_rl.data.sources import load_rows
-from unified_rl.engine import build_engine, distributed
+from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
-from unified_rl.evaluate import evaluate, load_exam
-from unified_rl.health import Health
-from unified_rl.memory import Memory
+from unified_rl.evaluate import evaluate
 from unified_rl.metrics import peak_mib, reward_metrics
-from unified_rl.policies import build_policy
 from unified_rl.prepare import Prepared, chosen_steps, prepare, trained_rows
-from unified_rl.protocols import Console, Engine, Policy
 from unified_rl.recipe import Recipe
 from unified_rl.resample import replace_tied
-from unified_rl.rewards import LoadedReward, load_rewards
 from unified_rl.rollout import Rollout, judge, sample, shown
-from unified_rl.tracking import Run, make_console, open_run
+from unified_rl.tracking import open_run
 from unified_rl.types import Prompt
 from unified_rl.update import update
 from unified_rl.windows import Window, cut, make_target
 
 DONE, STOPPED = 0, 143
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What a run is made of."""
-
-    recipe: Recipe
-    policy: Policy
-    engine: Engine
-    rewards: Sequence[LoadedReward]
-    sampler: PromptSampler
-    exam: Sequence[Prompt]
-    run: Run
-    console: Console
-    memory: Memory
-    health: Health
 
 
 def run_loop(parts: Parts, at: "Position", stop: "StopSignal") -> int:
@@ -270,33 +248,6 @@ def train(recipe: Recipe, output: Path, *, resume: str) -> int:
     finally:
         run.close()
         distributed.shutdown()
-
-
-def assemble(recipe: Recipe, run: Run) -> Parts:
-    """Load everything that a run needs, cheap things first."""
-    rewards = load_rewards(recipe.rewards)
-    rows = load_rows(recipe.data.prompts, "data.prompts")
-    sampler = PromptSampler(
-        rows, seed=recipe.seed, group_size=recipe.group_size, prompts_per_step=recipe.prompts_per_step
-    )
-    share = len(sampler.rollout(0, rank=distributed.rank(), world_size=distributed.world_size()))
-    if share % recipe.minibatches:
-        raise RecipeError(f"minibatches: {recipe.minibatches} does not divide the {share} samples of each process")
-    exam = load_exam(recipe)
-    torch.manual_seed(recipe.seed)  # adapters are initialised at random
-    policy = build_policy(recipe, distributed.device())
-    return Parts(
-        recipe=recipe,
-        policy=policy,
-        engine=build_engine(policy.module, recipe, num_steps=recipe.num_steps),
-        rewards=rewards,
-        sampler=sampler,
-        exam=exam,
-        run=run,
-        console=make_console(distributed.rank() > 0, recipe.num_steps),
-        memory=Memory(recipe),
-        health=Health(recipe),
-    )
 
 
 def start(parts: Parts, resume: str) -> Position:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unified_rl.errors import RecipeError
-from unified_rl.recipe import PolicyBlock
+from unified_rl.recipe_policy import PolicyBlock
 
 DENOISERS = ("transformer", "unet", "prior")
 """Folders of a diffusers pipeline that hold what is trained; the first one that exists."""

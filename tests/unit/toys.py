@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unified_rl.assemble import Parts
 from unified_rl.data.prompts import PromptSampler
 from unified_rl.engine.local import LocalEngine
 from unified_rl.health import Health
@@ -17,7 +18,6 @@ from unified_rl.memory import Memory
 from unified_rl.recipe_file import parse_recipe
 from unified_rl.rewards import LoadedReward
 from unified_rl.tracking import QuietConsole, RunFolder
-from unified_rl.train import Parts
 from unified_rl.transitions import gaussian
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
 

@@ -17,7 +17,7 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
         UnsupportedPipelineError: if a pipeline cannot be replayed exactly.
     """
     from unified_rl.errors import RecipeError
-    from unified_rl.recipe import DiffusionSampling, TextSampling
+    from unified_rl.recipe_policy import DiffusionSampling, TextSampling
 
     _quiet_libraries()
     block = recipe.policy

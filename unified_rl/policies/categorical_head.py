@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from unified_rl.recipe import TextSampling
+from unified_rl.recipe_policy import TextSampling
 from unified_rl.transitions import categorical
 
 CHUNK_ELEMENTS = 1 << 24

@@ -37,7 +37,7 @@ from unified_rl.policies.lora import lora_config, select_trained
 from unified_rl.policies.memo import Memo
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, is_token_column, kinds
-from unified_rl.recipe import PolicyBlock, TextSampling
+from unified_rl.recipe_policy import PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
 
 SEGMENT = "text"

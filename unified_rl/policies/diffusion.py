@@ -36,7 +36,7 @@ from unified_rl.policies.scheduler_head import (
     UnsupportedPipelineError,
     stochastic_scheduler,
 )
-from unified_rl.recipe import DiffusionSampling, PolicyBlock
+from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
 
 SEGMENT = "image"

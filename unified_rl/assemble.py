@@ -1,0 +1,63 @@
+"""What a run is made of, loaded from its recipe."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from unified_rl.data.prompts import PromptSampler
+from unified_rl.data.sources import load_rows
+from unified_rl.engine import build_engine, distributed
+from unified_rl.errors import RecipeError
+from unified_rl.evaluate import load_exam
+from unified_rl.health import Health
+from unified_rl.memory import Memory
+from unified_rl.policies import build_policy
+from unified_rl.protocols import Console, Engine, Policy
+from unified_rl.recipe import Recipe
+from unified_rl.rewards import LoadedReward, load_rewards
+from unified_rl.tracking import Run, make_console
+from unified_rl.types import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a run is made of."""
+
+    recipe: Recipe
+    policy: Policy
+    engine: Engine
+    rewards: Sequence[LoadedReward]
+    sampler: PromptSampler
+    exam: Sequence[Prompt]
+    run: Run
+    console: Console
+    memory: Memory
+    health: Health
+
+
+def assemble(recipe: Recipe, run: Run) -> Parts:
+    """Load everything that a run needs, cheap things first."""
+    rewards = load_rewards(recipe.rewards)
+    rows = load_rows(recipe.data.prompts, "data.prompts")
+    sampler = PromptSampler(
+        rows, seed=recipe.seed, group_size=recipe.group_size, prompts_per_step=recipe.prompts_per_step
+    )
+    share = len(sampler.rollout(0, rank=distributed.rank(), world_size=distributed.world_size()))
+    if share % recipe.minibatches:
+        raise RecipeError(f"minibatches: {recipe.minibatches} does not divide the {share} samples of each process")
+    exam = load_exam(recipe)
+    torch.manual_seed(recipe.seed)  # adapters are initialised at random
+    policy = build_policy(recipe, distributed.device())
+    return Parts(
+        recipe=recipe,
+        policy=policy,
+        engine=build_engine(policy.module, recipe, num_steps=recipe.num_steps),
+        rewards=rewards,
+        sampler=sampler,
+        exam=exam,
+        run=run,
+        console=make_console(distributed.rank() > 0, recipe.num_steps),
+        memory=Memory(recipe),
+        health=Health(recipe),
+    )
