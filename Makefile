@@ -33,6 +33,7 @@ lint: env
 	$(BIN)/mypy
 
 bench: env
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	@set -e; for script in benchmarks/*.py; do \
 		test -e "$$script" || { echo "benchmarks/ holds no scripts"; exit 1; }; \
 		echo "== $$script"; $(BIN)/python "$$script"; \

@@ -152,6 +152,45 @@ def test_a_group_shares_its_prefill_and_gets_the_same_samples(name: str):
     assert (shared.rollout_log_probs - plain.rollout_log_probs).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.shares_prefill])
+def test_a_group_shares_its_prompt_in_scoring_and_gets_the_same_gradients(name: str):
+    """Also where a window holds parts of groups, and completions of one token."""
+    policy = policy_of(name)
+    segment = policy.sample(prompts(mixture(FAMILIES[name]))).segments["text"]
+    coefficients = torch.randn(segment.rollout_log_probs.shape, generator=torch.Generator().manual_seed(1))
+    for rows, limit in ((slice(0, 9), None), (slice(2, 6), None), (slice(0, 3), 1)):
+        part = segment.rows(rows)
+        if limit is not None:
+            part = replace(part, actions={**part.actions, "tokens": [row[:limit] for row in part.actions["tokens"]]})
+        found = []
+        for shares in (True, False):
+            policy.shares_prefill = shares
+            policy.module.zero_grad()
+            log_probs = policy.log_prob("text", part, slice(None)).log_probs
+            (log_probs * coefficients[rows]).sum().backward()
+            gradients = [parameter.grad for parameter in policy.module.parameters() if parameter.grad is not None]
+            found.append((log_probs.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
+        (shared, shared_gradient), (plain, plain_gradient) = found
+        assert (shared - plain).abs().max() <= TOLERANCE
+        assert (shared_gradient - plain_gradient).norm() <= 1e-4 * plain_gradient.norm()
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "idefics3", "gemma3"])
+def test_scoring_computes_each_prompt_once(name: str):
+    policy = policy_of(name)
+    segment = policy.sample(prompts((1, 1), group_size=4)).segments["text"]
+    embedded: list[int] = []
+    hook = policy.module.get_input_embeddings().register_forward_hook(
+        lambda _module, _inputs, output: embedded.append(output.shape[:2].numel())
+    )
+    policy.log_prob("text", segment, slice(None))
+    policy.shares_prefill = False
+    policy.log_prob("text", segment, slice(None))
+    hook.remove()
+    longest, num_steps = max(len(row["input_ids"][0]) for row in segment.actions["inputs"]), segment.loss_mask.shape[1]
+    assert embedded == [2 * longest, 8 * (num_steps - 1), 8 * (longest + num_steps)]
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl", "idefics3", "mllama"])
 def test_a_prefill_sees_each_picture_once_and_finished_rows_leave(name: str):
     policy = policy_of(name)
@@ -169,17 +208,17 @@ def test_a_prefill_sees_each_picture_once_and_finished_rows_leave(name: str):
 @pytest.mark.parametrize("name", SEEING)
 def test_a_frozen_tower_runs_once_for_all_scoring_forwards(name: str):
     policy = policy_of(name, adapter=True)
-    segment = policy.sample(prompts(mixture(FAMILIES[name]))).segments["text"]
     runs = []
     for layer in find_towers(policy.module)[0].modules():
         if not list(layer.children()) and list(layer.parameters()):
             layer.register_forward_hook(lambda *_: runs.append(1))
+    segment = policy.sample(prompts(mixture(FAMILIES[name]))).segments["text"]
+    once = len(runs)
     with policy.reference():
         first = policy.log_prob("text", segment, slice(None))
         assert first.entropy is None, "nothing uses the reference's entropy"
-    once = len(runs)
     again = policy.log_prob("text", segment, slice(None))
-    assert once and len(runs) == once
+    assert once and len(runs) == once, "the rollout's features serve all scoring forwards"
     torch.testing.assert_close(again.log_probs, first.log_probs, rtol=0, atol=1e-6)
     other = policy.sample(prompts((1,) * 5)).segments["text"]
     assert len(runs) > once, "other pictures are looked at"

@@ -1,12 +1,12 @@
 """Any transformers text or image-text-to-text generator as a policy: its logits processors are the policy head.
 
 Sampling is the model's own `generate`; each token is drawn from the processed distribution with the row's own random
-numbers, and its log-prob recorded. Scoring is one teacher-forced forward over the same left-padded layout, with inputs
-continued and prepared by the model's own methods, as `generate` does it, under the same processors.
+numbers, and its log-prob recorded. Scoring is teacher-forced over the same left-padded layout, with inputs continued
+and prepared by the model's own methods, as `generate` does it, under the same processors. In both, a group's prompt is
+computed once where the model's cache allows it.
 """
 
 import copy
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +28,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
 
 from unified_rl.errors import RecipeError
 from unified_rl.policies.categorical_head import CategoricalHead, processors, score
@@ -36,7 +35,8 @@ from unified_rl.policies.frozen_tower import remember
 from unified_rl.policies.lora import lora_config, select_trained
 from unified_rl.policies.memo import Memo
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
-from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, is_token_column, kinds
+from unified_rl.policies.teacher_forcing import can_share, plain_logits, shared_logits
+from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds
 from unified_rl.recipe_policy import PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
 
@@ -104,7 +104,7 @@ class CausalLMPolicy:
         self._active: Any = model
         self._in_reference = False
         self.shares_prefill = can_share_prefill(model)
-        """Whether a group's prompt is prefilled once. False gives the plain path: slower, the same samples."""
+        """Whether a group's prompt is computed once. False gives the plain path: slower, the same numbers."""
 
     @classmethod
     def load(
@@ -273,33 +273,11 @@ class CausalLMPolicy:
         model.load_state_dict(saved.state_dict())
 
     def _completion_logits(self, rows: list[Inputs], tokens: Tensor) -> Tensor:
-        """[B, S, V] logits that predicted `tokens` [B, S], in the model's dtype.
-
-        The prompt's inputs are continued for the completion by the model's own `_update_model_kwargs_for_generation`,
-        as they were while sampling: positions, token types and masks are the same by construction.
-        """
-        model, num_steps = self._active, tokens.shape[1]
-        batch = self._inputs.collate(rows, self._device)
-        prompt_ids = batch["input_ids"]
-        arguments: dict[str, Any] = {key: value for key, value in batch.items() if key != "input_ids"}
-        accepted = inspect.signature(model.forward).parameters
-        if "position_ids" in accepted:
-            arguments["position_ids"] = model._prepare_position_ids_for_generation(prompt_ids, batch)
-        # One token at a time, as while sampling: asked for several, it repeats the prompt's last token types, pictures'
-        # included. Every further token gets what the first one got, and the next position.
-        arguments = model._update_model_kwargs_for_generation(ModelOutput(), arguments, is_encoder_decoder=False)
-        for name, value in arguments.items():
-            if name == "position_ids":
-                later = value[..., -1:] + torch.arange(1, num_steps, device=self._device)
-                arguments[name] = torch.cat([value, later], dim=-1)
-            elif name in batch and is_token_column(rows, name):
-                arguments[name] = torch.cat([value, *[value[:, -1:]] * (num_steps - 1)], dim=1)
-        keep = {"logits_to_keep": num_steps + 1} if "logits_to_keep" in accepted else {}
-        prepared = model.prepare_inputs_for_generation(
-            torch.cat([prompt_ids, tokens], dim=1), is_first_iteration=True, use_cache=False, **arguments, **keep
-        )
-        logits = model(**prepared, return_dict=True).logits
-        return logits[:, -(num_steps + 1) : -1]
+        """[B, S, V] logits that predicted `tokens` [B, S], in the model's dtype."""
+        unique, owner = distinct(rows)
+        if self.shares_prefill and len(unique) < len(rows) and can_share(self._active):
+            return shared_logits(self._active, self._inputs.collate(unique, self._device), unique, owner, tokens)
+        return plain_logits(self._active, self._inputs.collate(rows, self._device), rows, tokens)
 
     def _chain(self, settings: TextSampling) -> LogitsProcessorList:
         return processors(settings, self._suppressed, self._device)

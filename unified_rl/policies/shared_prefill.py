@@ -50,7 +50,7 @@ class SharedPrefill:
             raise TypeError(f"{type(model).__name__} returned a {type(outputs.past_key_values).__name__} as its cache")
         arguments = model._update_model_kwargs_for_generation(outputs, arguments, is_encoder_decoder=False)
         owner = torch.tensor(self._owner, device=input_ids.device)
-        arguments = _take(arguments, owner, len(input_ids))
+        arguments = take(arguments, owner, len(input_ids))
         input_ids, logits = input_ids[owner], outputs.logits[:, -1][owner]
         alive, end_ids = torch.arange(len(owner)), torch.tensor(self._end_ids)
         for step in range(self._uniforms.shape[1]):
@@ -69,14 +69,14 @@ class SharedPrefill:
                 if not len(alive):
                     break
                 rows = going_on.to(input_ids.device)
-                arguments, input_ids = _take(arguments, rows, len(input_ids)), input_ids[rows]
+                arguments, input_ids = take(arguments, rows, len(input_ids)), input_ids[rows]
         return self.tokens
 
 
 _OF_GENERATE = {"logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"}
 
 
-def _take(arguments: dict[str, Any], rows: Tensor, num_rows: int) -> dict[str, Any]:
+def take(arguments: dict[str, Any], rows: Tensor, num_rows: int) -> dict[str, Any]:
     """The arguments of a decoding step for some rows of the batch (each any number of times)."""
     taken: dict[str, Any] = {}
     for name, value in arguments.items():
