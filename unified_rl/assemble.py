@@ -16,6 +16,7 @@ from unified_rl.policies import build_policy
 from unified_rl.protocols import Console, Engine, Policy
 from unified_rl.recipe import Recipe
 from unified_rl.rewards import LoadedReward, load_rewards
+from unified_rl.snapshots import Snapshots
 from unified_rl.tracking import Run, make_console
 from unified_rl.types import Prompt
 
@@ -27,6 +28,7 @@ class Parts:
     recipe: Recipe
     policy: Policy
     engine: Engine
+    snapshots: Snapshots
     rewards: Sequence[LoadedReward]
     sampler: PromptSampler
     exam: Sequence[Prompt]
@@ -49,10 +51,12 @@ def assemble(recipe: Recipe, run: Run) -> Parts:
     exam = load_exam(recipe)
     torch.manual_seed(recipe.seed)  # adapters are initialised at random
     policy = build_policy(recipe, distributed.device())
+    engine = build_engine(policy.module, recipe, num_steps=recipe.num_steps)
     return Parts(
         recipe=recipe,
         policy=policy,
-        engine=build_engine(policy.module, recipe, num_steps=recipe.num_steps),
+        engine=engine,
+        snapshots=Snapshots(engine, recipe.all_snapshots),
         rewards=rewards,
         sampler=sampler,
         exam=exam,

@@ -1,10 +1,12 @@
-"""Checkpoints that are either complete or not there: `checkpoints/step_000010/{policy/, trainer/, manifest.json}`.
+"""Checkpoints that are either complete or not there: `checkpoints/step_000010/{policy/, trainer/, manifest.json}`,
+and `ema/` beside `policy/` where a run keeps an average of its weights.
 
 Everything is written into a staging folder; the manifest, with the size and hash of every file, comes last; then one
 rename makes the checkpoint exist. A crash at any point leaves the earlier checkpoints as they were. With several
 machines the run's folder must lie on a file system that they share.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -37,8 +39,23 @@ class TrainedState(Protocol):
     def full_weights(self) -> AbstractContextManager[None]: ...
 
 
+class KeptCopies(Protocol):
+    """What this module needs of the snapshots."""
+
+    def __contains__(self, name: str) -> bool: ...
+    def use(self, name: str) -> AbstractContextManager[None]: ...
+    def save(self, directory: Path) -> None: ...
+
+
 def save_checkpoint(
-    run_folder: Path, step: int, *, policy: Policy, engine: TrainedState, state: dict[str, Any], keep: int
+    run_folder: Path,
+    step: int,
+    *,
+    policy: Policy,
+    engine: TrainedState,
+    snapshots: KeptCopies,
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write the checkpoint of `step` and prune to the newest `keep`; called by every rank.
 
@@ -55,9 +72,12 @@ def save_checkpoint(
     head = {"format": FORMAT, "step": step, "world_size": distributed.world_size(), "state": state}
     json.dumps(head)
     _on_main(lambda: _clean_staging(staging), staging)
-    with engine.full_weights():
-        _on_main(lambda: policy.save(staging / "policy"), staging)
+    for folder, weights in (("policy", "trained"), ("ema", "ema")):
+        if weights == "trained" or weights in snapshots:
+            with snapshots.use(weights), engine.full_weights():
+                _on_main(functools.partial(_save_policy, policy, staging / folder), staging)
     engine.save(staging / "trainer")
+    snapshots.save(staging / "trainer" / "snapshots")
     distributed.barrier()
     _on_main(lambda: _publish(staging, final, head, keep), staging)
     return final
@@ -80,8 +100,12 @@ def _clean_staging(staging: Path) -> None:
     """An empty staging folder, and no remains of those that a crash left."""
     for old in staging.parent.glob(".staging_*"):
         shutil.rmtree(old)
-    (staging / "policy").mkdir(parents=True)
-    (staging / "trainer").mkdir()
+    (staging / "trainer").mkdir(parents=True)
+
+
+def _save_policy(policy: Policy, folder: Path) -> None:
+    folder.mkdir()
+    policy.save(folder)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

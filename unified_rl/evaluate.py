@@ -78,7 +78,7 @@ def evaluate_command(target: str, overrides: list[str]) -> int:
     columns = {"base": evaluate(policy, rewards, exam, recipe, console)[0]}
     checkpoint = find_checkpoint(folder, "auto", console.log) if is_run else None
     if checkpoint is not None:
-        policy.restore(checkpoint / "policy")
+        policy.restore(checkpoint / ("policy" if recipe.evaluation.weights == "trained" else recipe.evaluation.weights))
         columns[checkpoint.name] = evaluate(policy, rewards, exam, recipe, console)[0]
     sys.stdout.write(_table(columns))
     return 0

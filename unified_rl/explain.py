@@ -180,7 +180,16 @@ def _work_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
         ("optimiser", f"AdamW, {_compact(recipe.optimizer.model_dump())}"),
         ("engine", f"{recipe.engine.backend}, ZeRO stage {recipe.engine.zero_stage}"),
         ("checkpoints", f"every {recipe.checkpoint.every} steps, the newest {recipe.checkpoint.keep} are kept"),
+        *_snapshot_lines(recipe),
     ]
+
+
+def _snapshot_lines(recipe: Recipe) -> list[tuple[str, str]]:
+    """What is kept of the trained weights beside themselves, and who acts with it."""
+    copies = recipe.all_snapshots
+    lines = [(f"copy {name}", _compact(rule.model_dump())) for name, rule in copies.items()]
+    uses = f"rollouts by {recipe.rollout_weights}, evaluation of {recipe.evaluation.weights}"
+    return [*lines, ("weights", uses)] if lines else []
 
 
 def _evaluation_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:

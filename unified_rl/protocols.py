@@ -91,6 +91,20 @@ class Engine(Protocol):
         skips the update on every rank."""
         ...
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds only its part of the parameters."""
+        ...
+
+    def shards(self) -> dict[str, Tensor]:
+        """By name, where this rank holds the trained parameters (all of them, or its part), to be read or written in
+        place between windows; `shards_changed` follows a write, on every rank."""
+        ...
+
+    def shards_changed(self) -> None:
+        """Make whatever was gathered from the shards follow them; called by every rank."""
+        ...
+
     def full_weights(self) -> AbstractContextManager[None]:
         """Inside it, rank 0 sees whole weights also where they are sharded; called by every rank."""
         ...

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from unified_rl.errors import nearest
 from unified_rl.objective_rules import refusals
 from unified_rl.recipe_block import Block
 from unified_rl.recipe_objective import Objective
 from unified_rl.recipe_policy import PolicyBlock
+from unified_rl.recipe_snapshot import Ema, Snapshot
 
 
 class Data(Block):
@@ -67,6 +69,8 @@ class Evaluation(Block):
     every: int = Field(default=10, ge=1)
     num_prompts: int = Field(default=128, ge=1)
     seed: int = 1234
+    weights: Literal["trained", "ema"] = "trained"
+    """Which weights are examined."""
     sampling: dict[str, Any] = {}
     """Keys of policy.sampling that differ in evaluation, for instance noise_level: 0."""
     num_saved: int = Field(default=16, ge=0)
@@ -103,6 +107,12 @@ class Recipe(Block):
     objective: dict[str, Objective]
     """One block for all segments (stored under "all"), or one a segment."""
     optimizer: Optimizer = Optimizer()
+    ema: Ema | None = None
+    """Keep a moving average of the trained weights; checkpoints hold it as `ema/`, beside `policy/`."""
+    snapshots: dict[str, Snapshot] = {}
+    """Further copies of the trained weights, by name, for rollout_weights and objectives that compare with one."""
+    rollout_weights: str = "trained"
+    """Which weights draw rollouts: trained, ema, or a name of snapshots."""
     engine: EngineBlock = EngineBlock()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -115,12 +125,26 @@ class Recipe(Block):
     def updates_per_rollout(self) -> int:
         return self.epochs * self.minibatches
 
+    @property
+    def all_snapshots(self) -> dict[str, Snapshot]:
+        """Every copy of the trained weights that the run keeps, by name."""
+        return {**self.snapshots, **({"ema": self.ema} if self.ema else {})}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         if self.samples_per_rollout % self.minibatches:
             raise ValueError(f"minibatches: {self.minibatches} does not divide the {self.samples_per_rollout} samples")
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every one has weight 0, so there is nothing to train on; give one a weight")
+        for reserved in {"trained", "ema"} & set(self.snapshots):
+            raise ValueError(f"snapshots.{reserved}: the name is taken; the average has a block of its own, ema")
+        if self.rollout_weights not in ("trained", *self.all_snapshots):
+            known = ["trained", *self.all_snapshots]
+            raise ValueError(
+                f"rollout_weights: no snapshot {self.rollout_weights!r}{nearest(self.rollout_weights, known)}"
+            )
+        if self.evaluation.weights == "ema" and self.ema is None:
+            raise ValueError("evaluation.weights: ema needs the block ema, for instance ema: {decay: 0.99}")
         for name, objective in self.objective.items():
             for key, reason in refusals(objective, self.policy.family):
                 raise ValueError(f"objective.{name}.{key}: {reason}")

@@ -6,14 +6,14 @@ Presets only fill in keys that the recipe leaves out, so a resolved recipe spell
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.presets import PRESETS
-from unified_rl.recipe import Recipe, RewardBlock
+from unified_rl.recipe import Recipe
 from unified_rl.recipe_objective import Objective
 from unified_rl.recipe_policy import SAMPLING
 
@@ -180,11 +180,18 @@ def _check_keys(raw: Any, model: type[BaseModel], prefix: str) -> None:
         if key not in model.model_fields:
             raise RecipeError(f"{prefix}{key}: unknown key{nearest(str(key), list(model.model_fields))}")
         annotation = model.model_fields[key].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            _check_keys(value, annotation, f"{prefix}{key}.")
-        elif key == "rewards" and isinstance(value, list):
-            for index, item in enumerate(value):
-                _check_keys(item, RewardBlock, f"{prefix}rewards.{index}.")
+        # A block itself, `Block | None`, `list[Block]`, or `dict[str, Block]`, whose keys are the user's names.
+        types = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type)]
+        blocks = [one for one in types if issubclass(one, BaseModel)]
+        if key == "objective" or len(blocks) != 1:
+            continue  # the objective is one block, or one a segment: resolved on its own
+        items: dict[str, Any] = {key: value}
+        if get_origin(annotation) is dict and isinstance(value, dict):
+            items = {f"{key}.{name}": item for name, item in value.items()}
+        elif get_origin(annotation) is list and isinstance(value, list):
+            items = {f"{key}.{index}": item for index, item in enumerate(value)}
+        for where, item in items.items():
+            _check_keys(item, blocks[0], f"{prefix}{where}.")
 
 
 def _one_line(error: ValidationError) -> str:

@@ -30,9 +30,10 @@ from unified_rl.prepare import Prepared, chosen_steps, prepare, trained_rows
 from unified_rl.recipe import Recipe
 from unified_rl.resample import replace_tied
 from unified_rl.rollout import Rollout, judge, sample, shown
+from unified_rl.snapshots import TRAINED
 from unified_rl.tracking import open_run
-from unified_rl.types import Prompt
-from unified_rl.update import update
+from unified_rl.types import Prompt, Trajectory
+from unified_rl.update import replay_gap, update, window_stats
 from unified_rl.windows import Window, cut, make_target
 
 DONE, STOPPED = 0, 143
@@ -47,7 +48,11 @@ def run_loop(parts: Parts, at: "Position", stop: "StopSignal") -> int:
         before = step
         for number, windows in enumerate(plan_updates(parts, prepared, index)):
             started = time.perf_counter()
-            changed = update(policy, engine, windows, first_update=number == 0)
+            first = number == 0
+            probed = probe_replay(parts, windows) if first and recipe.rollout_weights != TRAINED else None
+            changed = update(policy, engine, windows, first_update=first and probed is None)
+            changed = changed if probed is None else {**changed, "replay_gap": probed}
+            parts.snapshots.tick("step")
             step += 1
             if number == 0:
                 check_replay(recipe, changed["replay_gap"])
@@ -57,13 +62,20 @@ def run_loop(parts: Parts, at: "Position", stop: "StopSignal") -> int:
                 examine(parts, step)
             if step == recipe.num_steps or has_left(recipe, changed["update_kl"]):
                 break
+        parts.snapshots.tick("rollout")
         index += 1
         if not parts.exam:
             parts.run.save_samples(step, shown(rollout, recipe.evaluation.num_saved))
         if is_due(recipe, before, step) or stop.requested():
             state = {"step": step, "rollout": index, "memory": parts.memory.state()}
             save_checkpoint(
-                parts.run.path, step, policy=policy, engine=engine, state=state, keep=recipe.checkpoint.keep
+                parts.run.path,
+                step,
+                policy=policy,
+                engine=engine,
+                snapshots=parts.snapshots,
+                state=state,
+                keep=recipe.checkpoint.keep,
             )
     return STOPPED if step < recipe.num_steps else DONE
 
@@ -73,8 +85,7 @@ def collect(parts: Parts, index: int) -> tuple[Rollout, list[Prepared], dict[str
     recipe, engine = parts.recipe, parts.engine
     started = time.perf_counter()
     prompts = parts.sampler.rollout(index, rank=engine.rank, world_size=engine.world_size)
-    batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
-    trajectory = sample(parts.policy, prompts, batch=batch, console=parts.console)
+    trajectory = draw(parts, prompts)
     sampled = time.perf_counter()
     rollout = judge(parts.rewards, prompts, trajectory)
     total = distributed.gather_rows(rollout.scores.total)
@@ -101,18 +112,22 @@ def refill(parts: Parts, rollout: Rollout, index: int) -> tuple[Rollout, dict[st
     if not recipe.resample:
         return rollout, {}
 
-    def draw(prompts: Sequence[Prompt]) -> Rollout:
-        batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
-        return judge(parts.rewards, prompts, sample(parts.policy, prompts, batch=batch, console=parts.console))
-
     return replace_tied(
         rollout,
         rounds=recipe.resample,
         index=index,
         group_size=recipe.group_size,
         prompts_of=lambda number: parts.sampler.rollout(number, rank=engine.rank, world_size=engine.world_size),
-        draw=draw,
+        draw=lambda prompts: judge(parts.rewards, prompts, draw(parts, prompts)),
     )
+
+
+def draw(parts: Parts, prompts: Sequence[Prompt]) -> Trajectory:
+    """Trajectories of the weights that draw this run's rollouts."""
+    recipe = parts.recipe
+    with parts.snapshots.use(recipe.rollout_weights):
+        batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
+        return sample(parts.policy, prompts, batch=batch, console=parts.console)
 
 
 def plan_updates(parts: Parts, prepared: Sequence[Prepared], index: int) -> Iterator[list[Window]]:
@@ -133,6 +148,15 @@ def plan_updates(parts: Parts, prepared: Sequence[Prepared], index: int) -> Iter
             )
             windows += cut(target, policy, recipe, rows, steps)
         yield windows
+
+
+def probe_replay(parts: Parts, windows: Sequence[Window]) -> float:
+    """The replay gap of weights that draw rollouts without being the trained ones: of the first window of each segment,
+    because the update itself never evaluates them."""
+    first = {window.target.name: window for window in reversed(windows)}
+    with torch.no_grad(), parts.snapshots.use(parts.recipe.rollout_weights):
+        gaps = [replay_gap(window, window_stats(parts.policy, window).log_probs) for window in first.values()]
+    return distributed.max_over_ranks([max(gaps)])[0]
 
 
 def has_left(recipe: Recipe, update_kl: float) -> bool:
@@ -183,7 +207,8 @@ def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: flo
 
 def examine(parts: Parts, step: int) -> None:
     """Evaluate on the held-out prompts; write the numbers and samples."""
-    metrics, rollout = evaluate(parts.policy, parts.rewards, parts.exam, parts.recipe, parts.console)
+    with parts.snapshots.use(parts.recipe.evaluation.weights):
+        metrics, rollout = evaluate(parts.policy, parts.rewards, parts.exam, parts.recipe, parts.console)
     parts.run.log_evaluation({"step": step, **metrics})
     parts.run.save_samples(step, shown(rollout, parts.recipe.evaluation.num_saved))
     means = [f"{key.split('/')[1]} {value:.3f}" for key, value in metrics.items() if key.endswith("/mean")]
@@ -256,6 +281,7 @@ def start(parts: Parts, resume: str) -> Position:
     step = index = 0
     if checkpoint is not None:
         parts.engine.load(checkpoint / "trainer")
+        parts.snapshots.load(checkpoint / "trainer" / "snapshots")
         state = load_state(checkpoint)
         step, index = state["step"], state["rollout"]
         parts.memory.restore(state["memory"])

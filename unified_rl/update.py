@@ -22,7 +22,7 @@ def window_loss(policy: Policy, window: Window, metrics: StepMetrics, *, first_u
     target, objective = window.target, window.target.objective
     penalised = objective.kl.coef > 0 and objective.kl.place == "loss"
     reference = _reference_stats(policy, window) if penalised else None
-    stats = policy.log_prob(target.name, target.segment.rows(window.rows), window.steps)
+    stats = window_stats(policy, window)
     mask = target.loss_mask[window.rows, window.steps].to(stats.log_probs.device)
     per_step = _policy_loss(stats, window, mask, metrics)
     if reference is not None:
@@ -35,14 +35,29 @@ def window_loss(policy: Policy, window: Window, metrics: StepMetrics, *, first_u
         metrics.add("entropy", stats.entropy, mask)
     num_steps = float(mask.sum())
     metrics.num_steps += num_steps
-    if first_update and num_steps:
-        rollout = target.segment.rollout_log_probs[window.rows, window.steps].to(stats.log_probs.device)
-        # A NaN must fail the check of the gap, not slip through its comparisons.
-        gap = (stats.log_probs.detach() - rollout).abs()[mask].nan_to_num(nan=torch.inf).max()
-        metrics.replay_gap = max(metrics.replay_gap, float(gap))
+    if first_update:
+        metrics.replay_gap = max(metrics.replay_gap, replay_gap(window, stats.log_probs))
     loss = (per_step * target.weights[window.rows, window.steps].to(per_step)).sum()
     metrics.loss += float(loss.detach())
     return loss
+
+
+def window_stats(policy: Policy, window: Window) -> StepStats:
+    """The policy's evaluation of a window."""
+    return policy.log_prob(window.target.name, window.target.segment.rows(window.rows), window.steps)
+
+
+def replay_gap(window: Window, log_probs: Tensor) -> float:
+    """Largest distance of the window's trained steps from the rollout's log-probs, in nats; inf for a NaN.
+
+    Args:
+        log_probs: [B, s] by the weights that drew the rollout.
+    """
+    mask = window.target.loss_mask[window.rows, window.steps].to(log_probs.device)
+    rollout = window.target.segment.rollout_log_probs[window.rows, window.steps].to(log_probs.device)
+    # A NaN must fail the check of the gap, not slip through its comparisons.
+    gaps = (log_probs.detach() - rollout).abs()[mask].nan_to_num(nan=torch.inf)
+    return float(gaps.max()) if len(gaps) else 0.0
 
 
 def _policy_loss(stats: StepStats, window: Window, mask: Tensor, metrics: StepMetrics) -> Tensor:
@@ -110,4 +125,4 @@ def update(policy: Policy, engine: Engine, windows: list[Window], *, first_updat
 @torch.no_grad()
 def _reference_stats(policy: Policy, window: Window) -> StepStats:
     with policy.reference():
-        return policy.log_prob(window.target.name, window.target.segment.rows(window.rows), window.steps)
+        return window_stats(policy, window)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from unified_rl import checkpoint
 from unified_rl.engine import build_engine, distributed
 from unified_rl.recipe import EngineBlock, Optimizer
+from unified_rl.recipe_snapshot import Ema, Snapshot
+from unified_rl.snapshots import Snapshots
 
 NUM_RANKS = 2
 NUM_STEPS = 3
@@ -117,6 +119,7 @@ def settings() -> dict:
             norms = distributed.gather_objects([[str(norm) for norm in norms]])
             results[stage, "bad"] = {"weights": weights(module, engine), "norms": norms, "lr": engine.lr}
             results[stage, "resumed"] = resumed(stage, ranks)
+            results[stage, "snapshots"] = snapshots(stage, ranks)
     return results
 
 
@@ -157,6 +160,31 @@ def resumed(stage: str, ranks: range) -> dict:
         norm, again = engine.step(), weights(module, engine)
         distributed.barrier()
     return {"straight": straight, "again": again, "norms": (straight_norm, norm), "lr": lr}
+
+
+def snapshots(stage: str, ranks: range) -> dict:
+    """Weights of an average, and the module's output under it, along a training that also acts with it in between."""
+    module, engine = build(stage)
+    rules = {"ema": Snapshot(decay=0.75), "start": Snapshot(decay=1.0)}
+    copies = Snapshots(engine, rules)
+    x = torch.ones(2, 8)
+    found: dict = {"outputs": [], "bytes": sum(copy.numel() for copy in copies._copies["ema"].values())}
+    with tempfile.TemporaryDirectory() as own:
+        shared = Path(distributed.gather_objects([own])[0])
+        for _norm in train(module, engine, SPLITS["mixed"], ranks):
+            copies.tick("step")
+            with copies.use("ema"), torch.no_grad():
+                found["outputs"].append(module(x, True))
+        copies.save(shared)
+        distributed.barrier()
+        again = Snapshots(engine, rules)
+        again.load(shared)
+        distributed.barrier()
+    for name, kept in (("ema", copies), ("start", copies), ("restored", again)):
+        with kept.use("ema" if name == "restored" else name):
+            found[name] = weights(module, engine)
+    found["trained"] = weights(module, engine)
+    return found
 
 
 def copy_frozen(module: Net, stage: str) -> None:
@@ -209,7 +237,13 @@ def checkpoints(run_folder: Path) -> dict:
     for step, fails in ((1, False), (2, True)):
         try:
             checkpoint.save_checkpoint(
-                run_folder, step, policy=DummyPolicy(fails), engine=engine, state={"step": step}, keep=2
+                run_folder,
+                step,
+                policy=DummyPolicy(fails),
+                engine=engine,
+                snapshots=Snapshots(engine, {"ema": Ema()}),
+                state={"step": step},
+                keep=2,
             )
             errors.append("")
         except checkpoint.CheckpointError as error:

@@ -141,3 +141,28 @@ def test_checkpoints_of_two_processes(results, folder):
     assert found["found"] == [str(newest)] * 2
     verify(newest)
     assert load_state(newest) == {"step": 1}
+
+
+@pytest.mark.parametrize("stage", worker.STAGES)
+def test_snapshots_follow_and_switch_under_sharding(results, stage):
+    module = worker.Net(0)
+    engine = build_engine(module, worker.recipe("local", "0"), num_steps=worker.NUM_STEPS)
+    average, outputs = worker.weights(module, engine), []
+    start = average
+    for _ in worker.train(module, engine, worker.SPLITS["mixed"], range(worker.NUM_RANKS)):
+        now = worker.weights(module, engine)
+        average = {name: 0.75 * average[name] + 0.25 * now[name] for name in now}
+        state = dict(module.state_dict())
+        acting = worker.Net(0)
+        acting.load_state_dict({**state, **average})
+        with torch.no_grad():
+            outputs.append(acting(torch.ones(2, 8), True))
+    found = results["settings"][stage, "snapshots"]
+    assert_equal_weights(found["ema"], average)
+    for name, weight in start.items():
+        assert torch.equal(found["start"][name].view_as(weight), weight)
+        assert torch.equal(found["restored"][name], found["ema"][name])
+        assert torch.equal(found["trained"][name], results["settings"][stage, "mixed"]["weights"][name])
+    torch.testing.assert_close(torch.stack(found["outputs"]), torch.stack(outputs), rtol=1e-5, atol=1e-6)
+    whole = sum(weight.numel() for weight in average.values())
+    assert found["bytes"] <= (whole / 2 + 2 * len(average) if stage.startswith("3") else whole), "shards only"

@@ -11,6 +11,7 @@ from unified_rl import checkpoint
 from unified_rl.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, load_state, verify
 from unified_rl.engine.local import LocalEngine
 from unified_rl.recipe import Optimizer
+from unified_rl.snapshots import Snapshots
 
 
 class Policy:
@@ -31,7 +32,9 @@ def save(tmp_path):
 
     def save(step, *, keep=9, error=None, **state):
         policy.error = error
-        return checkpoint.save_checkpoint(tmp_path, step, policy=policy, engine=engine, state=state, keep=keep)
+        return checkpoint.save_checkpoint(
+            tmp_path, step, policy=policy, engine=engine, snapshots=Snapshots(engine, {}), state=state, keep=keep
+        )
 
     save.engine = engine
     return save

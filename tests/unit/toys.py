@@ -17,6 +17,7 @@ from unified_rl.health import Health
 from unified_rl.memory import Memory
 from unified_rl.recipe_file import parse_recipe
 from unified_rl.rewards import LoadedReward
+from unified_rl.snapshots import Snapshots
 from unified_rl.tracking import QuietConsole, RunFolder
 from unified_rl.transitions import gaussian
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
@@ -157,10 +158,12 @@ def build_parts(folder: Path, policy: Any, **changes: Any) -> Parts:
     sampler = PromptSampler(
         rows, seed=recipe.seed, group_size=recipe.group_size, prompts_per_step=recipe.prompts_per_step
     )
+    engine = LocalEngine(policy.module, recipe.optimizer, num_steps=recipe.num_steps)
     return Parts(
         recipe=recipe,
         policy=policy,
-        engine=LocalEngine(policy.module, recipe.optimizer, num_steps=recipe.num_steps),
+        engine=engine,
+        snapshots=Snapshots(engine, recipe.all_snapshots),
         rewards=[LoadedReward(name="toy:reward", weight=1.0, function=reward)],
         sampler=sampler,
         exam=[],
@@ -175,4 +178,11 @@ def again(parts: Parts, folder: Path, policy: Any) -> Parts:
     """The same run in the same folder with a fresh policy, engine and memory, as after a crash."""
     parts.run.close()
     engine = LocalEngine(policy.module, parts.recipe.optimizer, num_steps=parts.recipe.num_steps)
-    return replace(parts, policy=policy, engine=engine, run=RunFolder(folder / "run"), memory=Memory(parts.recipe))
+    return replace(
+        parts,
+        policy=policy,
+        engine=engine,
+        snapshots=Snapshots(engine, parts.recipe.all_snapshots),
+        run=RunFolder(folder / "run"),
+        memory=Memory(parts.recipe),
+    )

@@ -30,6 +30,7 @@ from unified_rl.recipe import Optimizer
 # Said instead of detected, because detecting it on CPU prints a warning.
 os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)
 import deepspeed
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 # With a compiler at hand DeepSpeed would build a shared-memory collective for CPUs that training never calls (measured:
 # two minutes at the first run). An empty table of compilable operators is its own way of saying that there is none.
@@ -193,6 +194,28 @@ class DeepSpeedEngine:
 
     def _count_gather(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
         self._count(self._bytes_of_whole(False))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds only its part of the parameters."""
+        return self._stage == 3
+
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's part of every trained parameter (stage 3: flat and padded), to be read or written in place."""
+        trained: dict[str, Any] = trained_parameters(self.module)
+        tensors = {name: (p.ds_tensor if self._stage == 3 else p).data for name, p in trained.items()}
+        # A step gives parameters without dimensions one.
+        return {name: tensor.view(1) if tensor.dim() == 0 else tensor for name, tensor in tensors.items()}
+
+    def shards_changed(self) -> None:
+        """Stage 3: gather anew what is whole at the moment and was gathered from the shards before they were written
+        (small parameters, and those that DeepSpeed keeps from one pass to the next); called by every rank."""
+        if self._stage == 3:
+            parameters: Iterable[Any] = self._trained
+            whole = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+            if whole:
+                whole[0].partition(whole)
+                whole[0].all_gather(whole)
 
     @contextmanager
     def full_weights(self) -> Iterator[None]:

@@ -54,6 +54,15 @@ class LocalEngine:
         self._set_step(self._step + 1)
         return norm
 
+    is_sharded = False
+
+    def shards(self) -> dict[str, Tensor]:
+        """The trained parameters, whole, to be read or written in place."""
+        return {name: parameter.data for name, parameter in self._trained.items()}
+
+    def shards_changed(self) -> None:
+        """Nothing to follow up: the parameters are what was written."""
+
     @contextmanager
     def full_weights(self) -> Iterator[None]:
         """Inside it, `module` holds whole trained parameters; here it always does."""

@@ -1,0 +1,156 @@
+"""Named copies of the trained weights ("ema", "old"...), each following them by its own rule, and how to act with one.
+
+    with snapshots.use("ema"):       # the policy now samples and scores with that copy
+        reference = policy.log_prob(name, segment, steps)
+    # here every trained weight is back, bit for bit
+
+Nothing here knows a policy: what changes are the engine's trained parameters, in place, so `use` works around whatever
+runs the model: a rollout, an evaluation, a divergence from a moving reference, `policy.save`. Only trained parameters
+are kept (of a LoRA run, the adapter), in float32, and under ZeRO-3 only this rank's shards: neither following nor
+switching sends anything except the small parameters that ZeRO-3 keeps whole.
+
+A recipe names its copies under `ema` and `snapshots`; `use("trained")` does nothing, so that a recipe's key can be
+handed on as it is. `tick` belongs to the trainer alone, which calls it after every optimiser step and every rollout.
+All processes must switch together.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unified_rl.checkpoint import CheckpointError
+from unified_rl.recipe_snapshot import Snapshot
+
+TRAINED = "trained"
+"""The name of the weights themselves."""
+Clock = Literal["step", "rollout"]
+
+
+class HoldsWeights(Protocol):
+    """What this module needs of an engine."""
+
+    rank: int
+
+    @property
+    def is_sharded(self) -> bool: ...
+    def shards(self) -> dict[str, Tensor]: ...
+    def shards_changed(self) -> None: ...
+
+
+def decay_at(tick: int, rule: Snapshot) -> float:
+    """The share d of the old copy that an update at `tick` (from 0) keeps."""
+    if rule.warmup == "linear":
+        return min(rule.decay, rule.slope * max(0, tick - rule.delay))
+    if rule.warmup == "hyperbolic":
+        return min(rule.decay, (1 + tick) / (10 + tick))
+    return rule.decay
+
+
+class Snapshots:
+    """The copies of one run; equal on every process, or sharded as the weights are."""
+
+    def __init__(self, engine: HoldsWeights, rules: Mapping[str, Snapshot]) -> None:
+        self._engine = engine
+        self._rules = dict(rules)
+        self._ticks: dict[str, int] = {"step": 0, "rollout": 0}
+        self._copies = {name: _copied(engine.shards()) for name in rules}
+        self._active = TRAINED
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rules
+
+    @torch.no_grad()
+    def tick(self, clock: Clock) -> None:
+        """Let the copies that follow this clock move towards the trained weights."""
+        assert self._active == TRAINED, f"the trained weights are away: {self._active} is in their place"
+        now = self._ticks[clock]
+        self._ticks[clock] = now + 1
+        for name, rule in self._rules.items():
+            if rule.clock == clock and (now + 1) % rule.every == 0 and rule.decay < 1:
+                weight = 1.0 - decay_at(now, rule)
+                shards = self._engine.shards()
+                torch._foreach_lerp_(list(self._copies[name].values()), list(shards.values()), weight)
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Inside it, the policy's trained weights are those of a snapshot; "trained" changes nothing.
+
+        Weights must not be trained, ticked or switched again inside.
+
+        Raises:
+            KeyError: if the recipe names no such snapshot.
+        """
+        if name == TRAINED:
+            yield
+            return
+        assert self._active == TRAINED, f"{self._active} is in use"
+        self._exchange(name)
+        self._active = name
+        try:
+            yield
+        finally:
+            self._exchange(name)
+            self._active = TRAINED
+
+    @torch.no_grad()
+    def _exchange(self, name: str) -> None:
+        """Put the copy where the weights are and the weights where the copy was: no third set of them in memory."""
+        copy = self._copies[name]
+        for key, shard in self._engine.shards().items():
+            kept = shard.clone()
+            shard.copy_(copy[key])
+            copy[key].copy_(kept)
+        self._engine.shards_changed()
+
+    def save(self, directory: Path) -> None:
+        """Write the copies, one file for each rank that holds something of its own; called by every rank."""
+        if not self._rules or (self._engine.rank and not self._engine.is_sharded):
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{name}/{key}": tensor for name, copy in self._copies.items() for key, tensor in copy.items()}
+        save_file(tensors, self._file(directory), metadata={"ticks": json.dumps(self._ticks)})
+
+    def load(self, directory: Path) -> None:
+        """Go on from what `save` wrote, exactly; the engine's weights are restored before.
+
+        A copy that the recipe has now and the checkpoint lacks starts from the restored weights (with decay 1, it stays
+        what the run started from).
+
+        Raises:
+            CheckpointError: if the copies are of other parameters, or sharded otherwise.
+        """
+        if not self._rules:
+            return
+        file = self._file(directory)
+        found: dict[str, Tensor] = {}
+        if directory.is_dir():
+            if not file.is_file():
+                raise CheckpointError(f"{file}: missing; snapshots were written by another number of processes")
+            found = load_file(file)
+            with safe_open(file, "pt") as opened:
+                self._ticks = json.loads(opened.metadata()["ticks"])
+        for name, rule in self._rules.items():
+            stored = {key.removeprefix(f"{name}/"): found[key] for key in found if key.startswith(f"{name}/")}
+            if not stored and rule.decay == 1:
+                continue
+            source = stored or self._engine.shards()
+            for key, tensor in self._copies[name].items():
+                if key not in source or source[key].shape != tensor.shape:
+                    raise CheckpointError(f"{file}: other trained parameters than now, for instance {key}")
+                tensor.copy_(source[key])
+
+    def _file(self, directory: Path) -> Path:
+        return directory / f"rank_{self._engine.rank if self._engine.is_sharded else 0:05d}.safetensors"
+
+
+def _copied(shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for key, shard in shards.items():
+        assert shard.dtype == torch.float32, f"{key} is {shard.dtype}; switching back would not be exact"
+    return {key: shard.detach().clone() for key, shard in shards.items()}
