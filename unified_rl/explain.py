@@ -175,7 +175,7 @@ def _work_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
         (
             "windows",
             f"{counts.windows_per_update} forward-backward passes an update"
-            f" ({counts.samples_per_update} samples, {recipe.engine.micro_batch} at once)",
+            f" ({counts.samples_per_update} samples, {_at_once(recipe)})",
         ),
         ("optimiser", f"AdamW, {_compact(recipe.optimizer.model_dump())}"),
         ("engine", f"{recipe.engine.backend}, ZeRO stage {recipe.engine.zero_stage}"),
@@ -190,6 +190,11 @@ def _snapshot_lines(recipe: Recipe) -> list[tuple[str, str]]:
     lines = [(f"copy {name}", _compact(rule.model_dump())) for name, rule in copies.items()]
     uses = f"rollouts by {recipe.rollout_weights}, evaluation of {recipe.evaluation.weights}"
     return [*lines, ("weights", uses)] if lines else []
+
+
+def _at_once(recipe: Recipe) -> str:
+    tokens = recipe.engine.micro_batch_tokens
+    return f"{recipe.engine.micro_batch} at once" + ("" if tokens is None else f" if they fit into {tokens} tokens")
 
 
 def _evaluation_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:

@@ -8,13 +8,13 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unified_rl.advantages import batch_advantages, gdpo_advantages, group_advantages, pass_k_advantages
+from unified_rl.batching import spans
 from unified_rl.engine import distributed
 from unified_rl.memory import Memory
 from unified_rl.objective_rules import GAUSSIAN_LOSSES
@@ -52,15 +52,6 @@ class Prepared:
     valid: Tensor
     """[N] bool: rows whose reward counts; the others carry no loss at all."""
     anchor: Anchor | None
-
-
-def spans(
-    rows: range, steps: Sequence[int], *, micro_batch: int, steps_per_forward: int | None
-) -> list[tuple[slice, slice]]:
-    """The (rows, steps) of each forward: rows by `micro_batch`, steps as many as the policy evaluates at once."""
-    runs = [slice(None)] if steps_per_forward is None else [slice(step, step + 1) for step in steps]
-    chunks = [rows[start : start + micro_batch] for start in range(0, len(rows), micro_batch)]
-    return [(slice(chunk.start, chunk.stop, chunk.step), run) for run in runs for chunk in chunks]
 
 
 def trained_rows(num_rows: int, minibatch: int, minibatches: int) -> range:
@@ -171,9 +162,10 @@ def make_anchor(policy: Policy, name: str, segment: Segment, recipe: Recipe, ind
         steps = sorted({step for draw in draws for step in draw})
     for minibatch in range(recipe.minibatches):
         for rows, run in spans(
+            segment,
             trained_rows(shape[0], minibatch, recipe.minibatches),
             steps,
-            micro_batch=recipe.engine.micro_batch,
+            recipe.engine,
             steps_per_forward=policy.steps_per_forward[name],
         ):
             part = segment.rows(rows)

@@ -57,6 +57,9 @@ class EngineBlock(Block):
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch: int = Field(default=16, ge=1)
     """Trajectories in one window (one forward and backward)."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Language models: fill windows with trajectories of similar length, the longest first, up to this many tokens
+    (prompt and completion, padding included) and at most micro_batch trajectories. None: micro_batch alone."""
     rollout_batch: int | None = Field(default=None, ge=1)
     """Trajectories sampled at once; None: as many as a window."""
     threads: int | None = Field(default=None, ge=1)
@@ -145,6 +148,8 @@ class Recipe(Block):
             )
         if self.evaluation.weights == "ema" and self.ema is None:
             raise ValueError("evaluation.weights: ema needs the block ema, for instance ema: {decay: 0.99}")
+        if self.engine.micro_batch_tokens is not None and self.policy.family == "diffusion":
+            raise ValueError("engine.micro_batch_tokens: for language models; a denoiser's rows all cost the same")
         for name, objective in self.objective.items():
             for key, reason in refusals(objective, self.policy.family):
                 raise ValueError(f"objective.{name}.{key}: {reason}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Column = Tensor | list
+Rows = slice | list[int]
 Messages = list[dict[str, Any]]
 
 
@@ -55,23 +56,28 @@ class Segment:
     """[B, S] bool: True where the policy made a random decision."""
     turn_ids: Tensor
     """[B, S] int64: the turn that a step belongs to; 0 in single-turn rollouts."""
+    context_tokens: Tensor | None = None
+    """[B] int64: tokens that a forward reads beside a row's steps (its prompt), for batches of an even amount of work;
+    None where rows cost the same."""
 
     def __post_init__(self) -> None:
         shape = self.rollout_log_probs.shape
         assert self.loss_mask.shape == shape and self.turn_ids.shape == shape, "segment matrices must all be [B, S]"
-        assert all(len(column) == shape[0] for column in self.actions.values()), "every action column needs B rows"
+        columns = [*self.actions.values(), *([] if self.context_tokens is None else [self.context_tokens])]
+        assert all(len(column) == shape[0] for column in columns), "every column needs B rows"
 
     @property
     def num_rows(self) -> int:
         return self.rollout_log_probs.shape[0]
 
-    def rows(self, index: slice) -> "Segment":
-        """The rows of a slice, as a segment."""
+    def rows(self, index: Rows) -> "Segment":
+        """Some of the rows, as a segment."""
         return Segment(
-            actions={name: column[index] for name, column in self.actions.items()},
+            actions={name: _rows_of(column, index) for name, column in self.actions.items()},
             rollout_log_probs=self.rollout_log_probs[index],
             loss_mask=self.loss_mask[index],
             turn_ids=self.turn_ids[index],
+            context_tokens=None if self.context_tokens is None else self.context_tokens[index],
         )
 
 
@@ -112,6 +118,12 @@ class Scores:
     """[B] per reward, unweighted; NaN where a reward abstained."""
 
 
+def _rows_of(column: Column, index: Rows) -> Column:
+    if isinstance(column, Tensor):
+        return column[index]
+    return column[index] if isinstance(index, slice) else [column[row] for row in index]
+
+
 def _pad_steps(matrix: Tensor, num_steps: int) -> Tensor:
     return torch.nn.functional.pad(matrix, (0, num_steps - matrix.shape[1]))
 
@@ -125,11 +137,13 @@ def _join_column(columns: Sequence[Column]) -> Column:
 def concat_segments(segments: Sequence[Segment]) -> Segment:
     """Join segments by row. Shorter ones are padded with masked steps on the right."""
     num_steps = max(segment.rollout_log_probs.shape[1] for segment in segments)
+    contexts = [segment.context_tokens for segment in segments if segment.context_tokens is not None]
     return Segment(
         actions={name: _join_column([part.actions[name] for part in segments]) for name in segments[0].actions},
         rollout_log_probs=torch.cat([_pad_steps(part.rollout_log_probs, num_steps) for part in segments]),
         loss_mask=torch.cat([_pad_steps(part.loss_mask, num_steps) for part in segments]),
         turn_ids=torch.cat([_pad_steps(part.turn_ids, num_steps) for part in segments]),
+        context_tokens=None if not contexts else torch.cat(contexts),
     )
 
 

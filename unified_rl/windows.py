@@ -11,16 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unified_rl.batching import spans
 from unified_rl.engine import distributed
 from unified_rl.imports import load_import
 from unified_rl.objectives import aggregate
 from unified_rl.objectives.correction import entropy_threshold, importance_weights
 from unified_rl.objectives.policy_gradient import LossFunction
-from unified_rl.prepare import Prepared, spans
+from unified_rl.prepare import Prepared
 from unified_rl.protocols import Policy
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_objective import Objective
-from unified_rl.types import Segment
+from unified_rl.types import Rows, Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ class Window:
     """The rows and steps of one forward."""
 
     target: Target
-    rows: slice
+    rows: Rows
     steps: slice
 
 
@@ -125,14 +126,6 @@ def _scale(prepared: Prepared, mask: Tensor) -> Tensor | None:
 
 
 def cut(target: Target, policy: Policy, recipe: Recipe, rows: range, steps: Sequence[int]) -> list[Window]:
-    """The windows of a target; see `spans`.
-
-    Every process cuts the same number of windows: its rows are as many as every other's.
-    """
-    parts = spans(
-        rows,
-        steps,
-        micro_batch=recipe.engine.micro_batch,
-        steps_per_forward=policy.steps_per_forward[target.name],
-    )
+    """The windows of a target; see `spans`. Every process cuts the same number of them."""
+    parts = spans(target.segment, rows, steps, recipe.engine, steps_per_forward=policy.steps_per_forward[target.name])
     return [Window(target=target, rows=part, steps=run) for part, run in parts]

@@ -160,6 +160,7 @@ class CausalLMPolicy:
             rollout_log_probs=log_probs.masked_fill(~mask, 0.0),
             loss_mask=mask,
             turn_ids=torch.zeros(mask.shape, dtype=torch.int64),
+            context_tokens=torch.tensor([row["input_ids"].shape[1] for row in inputs]),
         )
         texts = [str(self._tokenizer.decode(row, skip_special_tokens=True)) for row in segment.actions["tokens"]]
         return Trajectory(
