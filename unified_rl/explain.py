@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import yaml
 
+from unified_rl.policies.noise_plan import noisy_steps
 from unified_rl.presets import PRESETS
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_block import Block
@@ -74,7 +75,7 @@ def plan(recipe: Recipe) -> Plan:
     windows = math.ceil(per_update / recipe.engine.micro_batch)
     num_rollouts = math.ceil(recipe.num_steps / recipe.updates_per_rollout)
     if isinstance(sampling, DiffusionSampling):
-        noisy = sampling.noise_steps or sampling.num_inference_steps
+        noisy = sampling.num_noisy
         steps = min(recipe.objective_for("image").train_steps or noisy, noisy)
         windows *= steps  # one forward for each denoising step
     else:
@@ -139,7 +140,29 @@ def _policy_lines(recipe: Recipe) -> list[tuple[str, str]]:
         ("family", f"{policy.family}, {policy.dtype}"),
         ("trained", trained),
         ("sampling", _compact(policy.sampling.model_dump(exclude_none=True))),
+        *_noise_lines(recipe),
     ]
+
+
+def _noise_lines(recipe: Recipe) -> list[tuple[str, str]]:
+    """Which steps of a diffusion loop are stochastic, for as many rollouts as show how that changes."""
+    sampling = recipe.policy.sampling
+    if not isinstance(sampling, DiffusionSampling):
+        return []
+    every = sampling.noise_shift.every if sampling.noise_place == "window" else 1
+    plans = [noisy_steps(sampling, seed=recipe.seed, rollout=index * every) for index in range(3)]
+    runs = [_run(list(range(sampling.num_inference_steps)) if plan is None else plan) for plan in plans]
+    if sampling.noise_place == "first":
+        return [("noise", f"in steps {runs[0]} of {sampling.num_inference_steps}")]
+    shown = ", ".join(f"{run} from rollout {index * every}" for index, run in enumerate(runs))
+    return [("noise", f"in steps {shown}, ... of {sampling.num_inference_steps} ({sampling.noise_place})")]
+
+
+def _run(steps: list[int]) -> str:
+    """Steps, from 0: a run by its ends."""
+    if len(steps) > 1 and steps[-1] - steps[0] == len(steps) - 1:
+        return f"{steps[0]}-{steps[-1]}"
+    return "+".join(map(str, steps))
 
 
 def _memory_lines(recipe: Recipe) -> list[tuple[str, str]]:

@@ -25,6 +25,9 @@ class Policy(Protocol):
     """Per segment, the most steps that a trajectory can have."""
     version: int
     """Number of optimiser steps taken; the trainer counts it."""
+    rollout: int
+    """Number of the rollout that is drawn, from 0; the trainer counts it. Settings that change over a training (where
+    the noise of a sampling loop goes) are functions of it."""
 
     def sample(self, prompts: Sequence[Prompt], *, evaluation: bool = False) -> Trajectory:
         """Draw one trajectory per prompt, each from its own seed, without gradients. `evaluation` uses the

@@ -75,7 +75,8 @@ class Evaluation(Block):
     weights: Literal["trained", "ema"] = "trained"
     """Which weights are examined."""
     sampling: dict[str, Any] = {}
-    """Keys of policy.sampling that differ in evaluation, for instance noise_level: 0."""
+    """Keys of policy.sampling that differ in evaluation, for instance noise_level: 0, more num_inference_steps, or a
+    larger call: {height: 1024}, whose arguments are changed one by one."""
     num_saved: int = Field(default=16, ge=0)
     """Samples written to the run's folder at each evaluation."""
 

@@ -15,7 +15,7 @@ from unified_rl.errors import RecipeError, nearest
 from unified_rl.presets import PRESETS
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_objective import Objective
-from unified_rl.recipe_policy import SAMPLING
+from unified_rl.recipe_policy import SAMPLING, exam_sampling
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 """Where the recipes that ship with the project lie; they may be named without their path."""
@@ -138,7 +138,7 @@ def _check_exam(raw: dict) -> None:
     if not (isinstance(policy, dict) and isinstance(exam, dict) and isinstance(exam.get("sampling"), dict)):
         return
     if isinstance(policy.get("sampling"), dict) and str(policy.get("family")) in SAMPLING:
-        _resolve_sampling({**policy["sampling"], **exam["sampling"]}, policy["family"], "evaluation.sampling.")
+        _resolve_sampling(exam_sampling(policy["sampling"], exam["sampling"]), policy["family"], "evaluation.sampling.")
 
 
 def _family_of(folder: Path) -> str:

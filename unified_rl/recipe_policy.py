@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from unified_rl.recipe_block import Block
 
@@ -18,6 +18,19 @@ class Adapter(Block):
     """Names of the linear layers that get adapters; auto: the attention projections."""
 
 
+class NoiseShift(Block):
+    """How the sliding window of stochastic steps moves over the training."""
+
+    schedule: Literal["progressive", "random", "decaying"] = "progressive"
+    """progressive: by stride, from the last place back to the first. random: to any place. decaying: progressive, with
+    ever shorter stays: every x exp(-rate x max(0, start - threshold)) rollouts, rounded up."""
+    every: int = Field(default=25, ge=1)
+    """Rollouts between two moves."""
+    stride: int = Field(default=1, ge=1)
+    rate: float = Field(default=0.1, gt=0)
+    threshold: int = Field(default=13, ge=0)
+
+
 class DiffusionSampling(Block):
     """The behaviour policy of a diffusers pipeline."""
 
@@ -28,10 +41,42 @@ class DiffusionSampling(Block):
     """Noise of the kernel: Flow-GRPO's eta for flow_sde, the diffusion coefficient of dance_sde, the share of a quarter
     turn for cps (at most 1), DDIM's eta for ddim. 0: deterministic, nothing to train on."""
     noise_steps: int | None = Field(default=None, ge=1)
-    """Only this many first steps, which lay out the picture, are stochastic and trained; the others follow the ODE
-    (as in Flow-GRPO-Fast). None: all."""
+    """How many steps are stochastic and trained; the others follow the ODE, and are neither stored nor trained. None:
+    all (of noise_range)."""
+    noise_place: Literal["first", "random", "window", "branch"] = "first"
+    """Which steps of noise_range those are. first: the first ones, which lay out the picture. random: a subset, drawn
+    anew for each rollout. window: consecutive ones that move as noise_shift says (MixGRPO). branch: consecutive ones
+    from a step drawn anew for each rollout, up to which a group is one trajectory (Flow-GRPO-Fast)."""
+    noise_range: tuple[int, int] | None = None
+    """The steps that may be stochastic: from, up to but without. None: all."""
+    noise_shift: NoiseShift = NoiseShift()
+    initial_noise: Literal["own", "group"] = "own"
+    """group: the trajectories of a group start from the same noise (DanceGRPO)."""
+    state_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Rollouts round their states to this before they are scored, and store them so: half the memory, and replay stays
+    exact. None: the latents' own."""
     call: dict[str, Any] = {}
     """Further arguments of the pipeline's call, for instance guidance_scale, height, width."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DiffusionSampling":
+        first, stop = self.noise_range or (0, self.num_inference_steps)
+        if not 0 <= first < stop <= self.num_inference_steps:
+            raise ValueError(
+                f"noise_range: [{first}, {stop}] is no range of the {self.num_inference_steps} steps; "
+                f"use for instance [0, {self.num_inference_steps // 2 or 1}]"
+            )
+        if self.noise_place != "first" and (self.noise_steps is None or self.noise_steps > stop - first):
+            raise ValueError(
+                f"noise_steps: noise_place {self.noise_place} needs the number of steps, at most {stop - first}"
+            )
+        return self
+
+    @property
+    def num_noisy(self) -> int:
+        """Stochastic steps of a trajectory, at most."""
+        first, stop = self.noise_range or (0, self.num_inference_steps)
+        return min(self.noise_steps or stop - first, stop - first)
 
 
 class TextSampling(Block):
@@ -46,6 +91,14 @@ class TextSampling(Block):
     """Render prompts with the processor's chat template."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longer prompts are refused (never cut: a cut inside an image breaks the model)."""
+
+
+def exam_sampling(sampling: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The sampling settings of evaluation: those of the policy with `changes`, call arguments one by one."""
+    merged = {**sampling, **changes}
+    if isinstance(changes.get("call"), dict) and isinstance(sampling.get("call"), dict):
+        merged["call"] = {**sampling["call"], **changes["call"]}
+    return merged
 
 
 SAMPLING: dict[str, type[Block]] = {"diffusion": DiffusionSampling, "causal_lm": TextSampling}

@@ -84,6 +84,7 @@ def collect(parts: Parts, index: int) -> tuple[Rollout, list[Prepared], dict[str
     """Rollout number `index`, judged and prepared for its updates, and what it adds to the metrics."""
     recipe, engine = parts.recipe, parts.engine
     started = time.perf_counter()
+    parts.policy.rollout = index
     prompts = parts.sampler.rollout(index, rank=engine.rank, world_size=engine.world_size)
     trajectory = draw(parts, prompts)
     sampled = time.perf_counter()

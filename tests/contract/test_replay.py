@@ -1,14 +1,16 @@
 """The replay contract: scoring a stored trajectory gives the log-probs that its sampling reported."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.policies.diffusion import DiffusionPolicy
-from unified_rl.recipe_policy import Adapter, DiffusionSampling, PolicyBlock, TextSampling
+from unified_rl.recipe_policy import Adapter, DiffusionSampling, PolicyBlock, TextSampling, exam_sampling
 from unified_rl.types import Prompt, Segment
 from unified_rl.worlds import shapes
 
@@ -23,7 +25,13 @@ def image_prompts(text: str, num: int) -> list[Prompt]:
 
 
 def diffusion_policy(
-    folder: Path, *, dtype: str = "float32", lora: bool = False, noise_steps: int | None = None, **call: float
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    lora: bool = False,
+    exam: dict[str, Any] | None = None,
+    sampling: dict[str, Any] | None = None,
+    **call: float,
 ) -> DiffusionPolicy:
     torch.manual_seed(0)
     block = PolicyBlock(
@@ -31,9 +39,10 @@ def diffusion_policy(
         family="diffusion",
         dtype=dtype,
         adapter=Adapter(kind="lora" if lora else "none", rank=4),
-        sampling=DiffusionSampling(num_inference_steps=NUM_STEPS, noise_level=0.8, noise_steps=noise_steps, call=call),
+        sampling=DiffusionSampling(num_inference_steps=NUM_STEPS, noise_level=0.8, call=call, **(sampling or {})),
     )
-    still = block.sampling.model_copy(update={"noise_level": 0.0})
+    settings = exam_sampling(block.sampling.model_dump(), {"noise_level": 0.0, **(exam or {})})
+    still = DiffusionSampling.model_validate(settings)
     return DiffusionPolicy.load(block, evaluation=still, with_reference=True, device=torch.device("cpu"))
 
 
@@ -101,13 +110,95 @@ def test_guidance_is_part_of_the_policy(quickstart: Path, name: str):
 
 
 def test_steps_after_the_noisy_ones_follow_the_ode(quickstart: Path):
-    policy = diffusion_policy(quickstart / "shapes_sd3", noise_steps=2)
+    policy = diffusion_policy(quickstart / "shapes_sd3", sampling={"noise_steps": 2})
     segment = policy.sample(image_prompts("a red circle", 2)).segments["image"]
     assert segment.loss_mask.tolist() == [[True, True] + [False] * (NUM_STEPS - 2)] * 2
     assert (segment.rollout_log_probs[:, 2:] == 0).all()
-    assert max(gap(policy, segment, step) for step in range(NUM_STEPS)) == 0.0
+    assert max(gap(policy, segment, step) for step in range(2)) == 0.0
     every = diffusion_policy(quickstart / "shapes_sd3").sample(image_prompts("a red circle", 2)).segments["image"]
     assert torch.equal(every.actions["states"][0][1], segment.actions["states"][0][1]), "the same draws so far"
+
+
+PLANS = {
+    "middle": ({"noise_steps": 2, "noise_range": (1, 4)}, [1, 2], [0, 1, 2, 4]),
+    "window": ({"noise_steps": 2, "noise_place": "window", "noise_shift": {"every": 1}}, [2, 3], [1, 2, 3, 4]),
+    "random": ({"noise_steps": 2, "noise_place": "random"}, [2, 4], [1, 2, 3, 4]),
+    "branch": ({"noise_steps": 1, "noise_place": "branch", "noise_range": (1, 4)}, [1], [0, 1, 4]),
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_noise_anywhere_replays_exactly_from_the_states_that_it_needs(quickstart: Path, name: str, kind: str):
+    keys, steps, stored = PLANS[kind]
+    policy = diffusion_policy(quickstart / name, sampling=keys, guidance_scale=2.0)
+    policy.rollout = 2
+    segment = policy.sample(image_prompts(PIPELINES[name], 4)).segments["image"]
+    noisy = segment.loss_mask[0].nonzero().flatten().tolist()
+    assert (noisy, segment.actions["stored"][0]) == (steps, stored)
+    assert len(segment.actions["states"][0]) == len(stored)
+    policy.rollout = 7  # a later rollout's plan: a replay goes by what was sampled
+    for step in noisy:
+        assert gap(policy, segment, step) == 0.0
+        stats = policy.log_prob("image", segment, slice(step, step + 1))
+        (slope,) = torch.autograd.grad(stats.log_probs.sum(), next(iter(policy.module.parameters())))
+        assert slope.isfinite().all()
+    with pytest.raises(AssertionError, match="was not noisy"):
+        still = next(step for step in range(NUM_STEPS) if step not in segment.actions["stored"][0])
+        policy.log_prob("image", segment, slice(still, still + 1))
+
+
+def test_a_group_that_branches_is_one_trajectory_until_then(quickstart: Path):
+    keys = {"noise_steps": 1, "noise_place": "branch", "noise_range": (2, 3)}
+    policy = diffusion_policy(quickstart / "shapes_sd3", sampling=keys)
+    prompts = [replace(prompt, text="a red circle") for prompt in image_prompts("a red circle", 4)]  # groups 0, 1, 0, 1
+    segment = policy.sample(prompts).segments["image"]
+    assert segment.actions["stored"][0] == [1, 2, 4]
+    states = torch.stack(segment.actions["states"])
+    for one, other in ((0, 2), (1, 3)):
+        assert torch.equal(states[one, 0], states[other, 0]), "the same until the branch"
+        assert not torch.equal(states[one, 1], states[other, 1]), "and not from there on"
+    assert not torch.equal(states[0, 0], states[1, 0]), "another group starts elsewhere"
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_group_may_share_its_initial_noise(quickstart: Path, name: str):
+    prompts = [replace(prompt, text=PIPELINES[name]) for prompt in image_prompts(PIPELINES[name], 4)]
+    drawn = {}
+    for kind in ("own", "group"):
+        keys = {"initial_noise": kind, "noise_range": (2, 5)}
+        segment = diffusion_policy(quickstart / name, sampling=keys).sample(prompts).segments["image"]
+        drawn[kind] = torch.stack(segment.actions["states"])
+    assert torch.equal(drawn["group"][0, 0], drawn["group"][2, 0])
+    assert not torch.equal(drawn["group"][0, 0], drawn["group"][1, 0])
+    assert not torch.equal(drawn["own"][0, 0], drawn["own"][2, 0])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_states_in_half_precision_are_half_as_large_and_replay_exactly(quickstart: Path, name: str):
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        policy = diffusion_policy(quickstart / name, sampling={"state_dtype": dtype})
+        segment = policy.sample(image_prompts(PIPELINES[name], 2)).segments["image"]
+        assert max(gap(policy, segment, step) for step in range(NUM_STEPS)) == 0.0
+        sizes[dtype] = sum(row.nbytes for row in segment.actions["states"])
+    assert sizes["bfloat16"] * 2 == sizes["float32"]
+    still = policy.sample(image_prompts(PIPELINES[name], 2), evaluation=True).segments["image"]
+    assert still.actions["states"][0].dtype == torch.float32, "an exam is not rounded"
+
+
+def test_training_may_be_smaller_and_shorter_than_the_exam(quickstart: Path):
+    exam = {"num_inference_steps": 8, "call": {"height": 32, "width": 32}}
+    small = {"height": 16, "width": 16, "guidance_scale": 2.0}
+    policy = diffusion_policy(quickstart / "shapes_sd3", exam=exam, **small)
+    prompts = image_prompts("a red circle", 2)
+    trained, examined = policy.sample(prompts), policy.sample(prompts, evaluation=True)
+    assert [image.size for (image,) in (row.images for row in trained.completions)] == [(16, 16)] * 2
+    assert [image.size for (image,) in (row.images for row in examined.completions)] == [(32, 32)] * 2
+    segment, still = trained.segments["image"], examined.segments["image"]
+    assert segment.rollout_log_probs.shape[1] == NUM_STEPS and still.rollout_log_probs.shape[1] == 8
+    assert policy._settings[True].call == {"height": 32, "width": 32, "guidance_scale": 2.0}
+    assert max(gap(policy, segment, step) for step in range(NUM_STEPS)) == 0.0
 
 
 def test_steps_scored_together_equal_steps_scored_alone(quickstart: Path):

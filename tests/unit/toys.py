@@ -27,6 +27,7 @@ class _Toy:
     """What both toys share: a start that is also the reference, and a policy version."""
 
     version = 0
+    rollout = 0
 
     def __init__(self, start: Tensor) -> None:
         self.module = nn.Module()

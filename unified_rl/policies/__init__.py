@@ -17,18 +17,20 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
         UnsupportedPipelineError: if a pipeline cannot be replayed exactly.
     """
     from unified_rl.errors import RecipeError
-    from unified_rl.recipe_policy import DiffusionSampling, TextSampling
+    from unified_rl.recipe_policy import DiffusionSampling, TextSampling, exam_sampling
 
     _quiet_libraries()
     block = recipe.policy
-    settings = {**block.sampling.model_dump(), **recipe.evaluation.sampling}
+    settings = exam_sampling(block.sampling.model_dump(), recipe.evaluation.sampling)
     with_reference = any(objective.kl.coef > 0 for objective in recipe.objective.values())
     try:
         if block.family == "diffusion":
             from unified_rl.policies.diffusion import DiffusionPolicy
 
             still = DiffusionSampling.model_validate(settings)
-            return DiffusionPolicy.load(block, evaluation=still, with_reference=with_reference, device=device)
+            return DiffusionPolicy.load(
+                block, evaluation=still, with_reference=with_reference, device=device, seed=recipe.seed
+            )
         from unified_rl.policies.causal_lm import CausalLMPolicy
 
         return CausalLMPolicy.load(

@@ -72,6 +72,7 @@ class CausalLMPolicy:
         """
         assert isinstance(block.sampling, TextSampling)
         self.version = 0
+        self.rollout = 0
         self.max_steps: Mapping[str, int] = {SEGMENT: block.sampling.max_new_tokens}
         self._processor = processor
         is_tokenizer = isinstance(processor, PreTrainedTokenizerBase)

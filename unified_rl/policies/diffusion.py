@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from unified_rl.policies.bypass import bypassing, recording
 from unified_rl.policies.lora import lora_config, select_trained
 from unified_rl.policies.memo import Memo
+from unified_rl.policies.noise_plan import group_seed, noisy_steps, shares_initial_noise, stored_steps
 from unified_rl.policies.pipeline_call import call_arguments, rows_of
 from unified_rl.policies.scheduler_head import (
     LoopLeft,
@@ -58,6 +59,7 @@ class DiffusionPolicy:
         evaluation: DiffusionSampling | None = None,
         with_reference: bool = False,
         call_defaults: Mapping[str, Any] | None = None,
+        seed: int = 0,
     ) -> None:
         """Take over a pipeline, already on its device and in its dtype.
 
@@ -65,6 +67,7 @@ class DiffusionPolicy:
             evaluation: sampling settings of evaluation; None: those of `block.sampling`.
             with_reference: keep what `reference()` needs (full fine-tuning: a frozen copy of the denoiser).
             call_defaults: arguments for the pipeline's call below those of `block.sampling.call`.
+            seed: the recipe's, of which noisy steps and common initial noise are drawn.
 
         Raises:
             UnsupportedPipelineError: if the pipeline's structure or scheduler cannot be replayed exactly.
@@ -72,7 +75,9 @@ class DiffusionPolicy:
         """
         assert isinstance(block.sampling, DiffusionSampling)
         self.version = 0
-        self.max_steps: Mapping[str, int] = {SEGMENT: block.sampling.noise_steps or block.sampling.num_inference_steps}
+        self.rollout = 0
+        self.max_steps: Mapping[str, int] = {SEGMENT: block.sampling.num_noisy}
+        self._seed = seed
         self._pipeline = pipeline
         self._block = block
         self._settings = {False: block.sampling, True: evaluation or block.sampling}
@@ -103,7 +108,13 @@ class DiffusionPolicy:
 
     @classmethod
     def load(
-        cls, block: PolicyBlock, *, evaluation: DiffusionSampling, with_reference: bool, device: torch.device
+        cls,
+        block: PolicyBlock,
+        *,
+        evaluation: DiffusionSampling,
+        with_reference: bool,
+        device: torch.device,
+        seed: int = 0,
     ) -> "DiffusionPolicy":
         """Load a pipeline from a folder or the hub, without the components that its index marks as absent (diffusers
         wants those named, for instance text_encoder_3=None)."""
@@ -118,24 +129,36 @@ class DiffusionPolicy:
             block,
             evaluation=evaluation,
             with_reference=with_reference,
+            seed=seed,
             call_defaults=json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else None,
         )
 
     def sample(self, prompts: Sequence[Prompt], *, evaluation: bool = False) -> Trajectory:
         """Run the pipeline once, recording each step's state and log-prob (Gaussian, mean over dims)."""
-        tape = SamplePass([prompt.seed for prompt in prompts])
+        settings = self._settings[evaluation]
+        # An exam is always the same, whatever the rollout; and its samples are those that the model will give.
+        noisy = noisy_steps(settings, seed=self._seed, rollout=0 if evaluation else self.rollout)
+        dtype = None if evaluation or settings.state_dtype is None else getattr(torch, settings.state_dtype)
+        tape = SamplePass([prompt.seed for prompt in prompts], dtype)
         templates: list[list[Any]] = []
-        with torch.no_grad(), self._pass(tape, recording(tape, templates, len(prompts)), prompts, evaluation):
-            images = rows_of(self._call(prompts, evaluation), len(prompts))
+        record = recording(tape, templates, len(prompts))
+        with torch.no_grad(), self._pass(tape, record, prompts, settings, noisy):
+            images = rows_of(self._call(prompts, settings), len(prompts))
         if not tape.states:
             raise UnsupportedPipelineError(
                 f"{type(self._pipeline).__name__}: its loop never stepped its own scheduler (a pipeline of pipelines?)"
             )
+        if settings.noise_level > 0 and not any(tape.stochastic):
+            raise UnsupportedPipelineError(
+                f"policy.sampling: none of the {tape.step} steps of the loop is noisy; see noise_range"
+            )
+        states, stored = _stored(tape, dtype)
         mask = torch.tensor(tape.stochastic).repeat(len(prompts), 1)
         segment = Segment(
             actions={
                 "prompts": list(prompts),
-                "states": [_stacked(row) for row in zip(*tape.states, strict=True)],
+                "states": states,
+                "stored": [stored] * len(prompts),
                 "templates": [templates] * len(prompts),
             },
             rollout_log_probs=torch.stack(tape.log_probs, dim=1).cpu(),
@@ -154,12 +177,14 @@ class DiffusionPolicy:
         assert name == SEGMENT, f"a diffusion policy has no segment {name!r}"
         asked = range(*steps.indices(segment.rollout_log_probs.shape[1]))
         assert asked.step == 1 and len(asked), "windows are runs of steps"
-        tape = ReplayPass(segment.actions["states"], asked)  # type: ignore[arg-type]
         prompts: Sequence[Prompt] = segment.actions["prompts"]  # type: ignore[assignment]
         templates: list[list[Any]] = segment.actions["templates"][0]  # type: ignore[assignment]
+        states: Any = segment.actions["states"]
+        tape = ReplayPass(states, segment.actions["stored"][0], asked, segment.rollout_log_probs.shape[1])  # type: ignore[arg-type]
         bypass = bypassing(tape, templates, len(prompts))
-        with self._pass(tape, bypass, prompts, evaluation=False), suppress(LoopLeft):
-            self._call(prompts, evaluation=False)
+        noisy = segment.loss_mask[0].nonzero().flatten().tolist()
+        with self._pass(tape, bypass, prompts, self._settings[False], noisy), suppress(LoopLeft):
+            self._call(prompts, self._settings[False])
         if len(tape.log_probs) != len(asked):
             raise UnsupportedPipelineError(
                 f"{type(self._pipeline).__name__}: the replayed loop took another number of steps than sampling did"
@@ -215,28 +240,41 @@ class DiffusionPolicy:
         saved = type(self.module).from_pretrained(directory / self._name, dtype=self.module.dtype)
         self.module.load_state_dict(saved.state_dict())
 
-    def _call(self, prompts: Sequence[Prompt], evaluation: bool) -> Any:
-        settings = self._settings[evaluation]
+    def _noise_seeds(self, prompts: Sequence[Prompt], settings: DiffusionSampling) -> list[int]:
+        """The seeds of what the pipeline draws itself, its first latents above all."""
+        if shares_initial_noise(settings):
+            return [group_seed(self._seed, prompt.group_id) for prompt in prompts]
+        return [prompt.seed for prompt in prompts]
+
+    def _call(self, prompts: Sequence[Prompt], settings: DiffusionSampling) -> Any:
         arguments = call_arguments(
             type(self._pipeline),
             prompts,
             {**self._call_defaults, **settings.call, "num_inference_steps": settings.num_inference_steps},
         )
+        if "generator" in arguments:
+            arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self._seeds]
         # Without the pipeline's torch.no_grad: sampling brings its own, scoring wants gradients.
         return inspect.unwrap(type(self._pipeline).__call__)(self._pipeline, **arguments)
 
     @contextmanager
-    def _pass(self, tape: Pass, denoise: Callable, prompts: Sequence[Prompt], evaluation: bool) -> Iterator[None]:
+    def _pass(
+        self,
+        tape: Pass,
+        denoise: Callable,
+        prompts: Sequence[Prompt],
+        settings: DiffusionSampling,
+        noisy: list[int] | None,
+    ) -> Iterator[None]:
         """Drive the loop by `tape`, the denoiser's forward wrapped by `denoise`."""
         module = getattr(self._pipeline, self._name)
-        settings = self._settings[evaluation]
-        self._head.begin(tape, noise_level=settings.noise_level, noise_steps=settings.noise_steps)
-        self._seeds = [prompt.seed for prompt in prompts]
+        self._head.begin(tape, noise_level=settings.noise_level, noisy=noisy)
+        self._seeds = self._noise_seeds(prompts, settings)
         module.forward = functools.wraps(module.forward)(functools.partial(denoise, module.forward))
         devices = [self._pipeline.device] if self._pipeline.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
-                torch.manual_seed(prompts[0].seed)
+                torch.manual_seed(self._seeds[0])
                 before = torch.get_rng_state()
                 yield
                 if len(prompts) > 1 and not torch.equal(before, torch.get_rng_state()):
@@ -293,6 +331,13 @@ def _denoiser_name(pipeline: Any) -> str:
     return present[0]
 
 
-def _stacked(row: Sequence[Tensor]) -> Tensor | list[Tensor]:
-    """A row's states as one tensor [S, ...], or a list where steps differ in shape (joint audio and video)."""
-    return torch.stack(list(row)) if len({state.shape for state in row}) == 1 else list(row)
+def _stored(tape: SamplePass, dtype: torch.dtype | None) -> tuple[list[Tensor | list[Tensor]], list[int]]:
+    """What a replay needs of the sampled states, row by row, on the CPU, and of which steps they are.
+
+    Where steps differ in shape (joint audio and video), a step does not start from the one before: all are kept.
+    """
+    uniform = len({state.shape for state in tape.states}) == 1
+    steps = stored_steps(tape.stochastic) if uniform else list(range(tape.step))
+    kept = [tape.states[step].to(device="cpu", dtype=dtype) for step in steps]
+    rows = [list(row) for row in zip(*kept, strict=True)]
+    return [torch.stack(row) if uniform else row for row in rows], steps

@@ -6,7 +6,7 @@ and scores those that were asked for.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,8 +50,10 @@ class Pass(Protocol):
 class SamplePass:
     """Draws every step from its row's own generator and records states and log-probs."""
 
-    def __init__(self, seeds: Sequence[int]) -> None:
+    def __init__(self, seeds: Sequence[int], state_dtype: torch.dtype | None = None) -> None:
+        """`state_dtype`: what states are rounded to before they are scored; None: the latents' own."""
         self.step = 0
+        self._state_dtype = state_dtype
         self.states: list[Tensor] = []
         self.log_probs: list[Tensor] = []
         self.stochastic: list[bool] = []
@@ -64,10 +66,10 @@ class SamplePass:
         stochastic = bool(std >= MIN_STD)
         if stochastic:
             noise = torch.stack([torch.randn(mean.shape[1:], generator=each) for each in self._generators])
-            following = (mean + std * noise.to(mean.device)).to(latents.dtype)
+            following = (mean + std * noise.to(mean.device)).to(self._state_dtype or latents.dtype).to(latents.dtype)
             log_prob = gaussian.log_prob(following.float(), mean, std).mean_over_dims
         else:
-            following = mean.to(latents.dtype)
+            following = mean.to(self._state_dtype or latents.dtype).to(latents.dtype)
             log_prob = mean.new_zeros(len(mean))
         self.states.append(following)
         self.log_probs.append(log_prob)
@@ -79,19 +81,32 @@ class SamplePass:
 class ReplayPass:
     """Returns recorded states and scores those of the asked steps, with gradients."""
 
-    def __init__(self, states: Sequence[Tensor | Sequence[Tensor]], asked: range) -> None:
+    def __init__(
+        self, states: Sequence[Tensor | Sequence[Tensor]], stored: Sequence[int], asked: range, num_steps: int
+    ) -> None:
+        """
+        Args:
+            states: [B][K] the recorded next states of the K `stored` steps; shapes may differ from step to step.
+            asked: the steps to score; they and those that they start from must be stored.
+            num_steps: of the loop.
+        """
         self.step = 0
         self.states = states
-        """[B][S] the recorded next states; their shapes may differ from step to step."""
+        self._slots = {step: slot for slot, step in enumerate(stored)}
+        self._num_steps = num_steps
         self.asked = asked
         self.log_probs: list[Tensor] = []
         self.means: list[Tensor] = []
         self.stds: list[Tensor] = []
 
     def next_latents(self, transition: Transition, latents: Tensor) -> Tensor:
-        if self.step >= len(self.states[0]):
+        if self.step >= self._num_steps:
             raise UnsupportedPipelineError("the replayed loop steps its scheduler more often than sampling did")
-        following = torch.stack([row[self.step] for row in self.states]).to(latents)
+        if self.step not in self._slots:  # no asked step starts from here
+            assert self.step not in self.asked, f"step {self.step} was not noisy, so its state was not stored"
+            self.step += 1
+            return latents
+        following = torch.stack([row[self._slots[self.step]] for row in self.states]).to(latents)
         copies = len(latents) // len(following)
         if self.step in self.asked:
             mean, std = transition()
@@ -135,18 +150,18 @@ class SchedulerHead:
         """Which of `KERNELS` a flow scheduler steps with."""
         self.current: Pass | None = None
         self._noise_level = 0.0
-        self._noise_steps: int | None = None
+        self._noisy: Collection[int] | None = None
 
-    def begin(self, tape: Pass, *, noise_level: float, noise_steps: int | None) -> None:
-        """Take a pass whose first `noise_steps` steps (None: all) are drawn with `noise_level`, the others without."""
-        self.current, self._noise_level, self._noise_steps = tape, noise_level, noise_steps
+    def begin(self, tape: Pass, *, noise_level: float, noisy: Collection[int] | None) -> None:
+        """Take a pass whose steps `noisy` (None: all) are drawn with `noise_level`, the others without."""
+        self.current, self._noise_level, self._noisy = tape, noise_level, noisy
 
     @property
     def noise_level(self) -> float:
         """Noise of the current step."""
         assert self.current is not None, "the scheduler is stepped outside of a pass"
-        noisy = self._noise_steps is None or self.current.step < self._noise_steps
-        return self._noise_level if noisy else 0.0
+        is_noisy = self._noisy is None or self.current.step in self._noisy
+        return self._noise_level if is_noisy else 0.0
 
 
 class _StepOutput(BaseOutput):
