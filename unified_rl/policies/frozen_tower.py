@@ -1,17 +1,18 @@
-"""A frozen vision tower that runs once for a batch of pictures, however often the batch is scored.
+"""A frozen vision tower that runs once for a picture, however often the picture is looked at.
 
-The reference's forward, and every further pass over a rollout, finds the features that the first forward computed.
-They are kept by the content of the tower's inputs, so a batch of other rows is computed anew.
+Scoring, the reference's forward and every further pass over a rollout find the features that sampling computed. They
+are kept by the content of the tower's inputs: picture by picture where a tower takes and gives one a row, else (the
+patches of all pictures in one sequence) batch by batch.
 """
 
 import functools
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
-from unified_rl.policies.memo import Memo
+from unified_rl.policies.memo import Memo, has_rows
 
 
 def find_towers(model: Any) -> list[nn.Module]:
@@ -31,25 +32,44 @@ def remember(model: Any, memo: Memo) -> None:
     """Put `memo` before every vision encoder of `model` of which nothing is trained."""
     for number, tower in enumerate(find_towers(model)):
         if not any(parameter.requires_grad for parameter in tower.parameters()):
-            tower.forward = _remembered(tower, f"tower {number}", memo)
+            tower.forward = _Remembered(tower, f"tower {number}", memo)
 
 
-def _remembered(tower: nn.Module, name: str, memo: Memo) -> Any:
-    compute = tower.forward
+class _Remembered:
+    """The forward of a tower, behind a memo."""
 
-    def fields(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        output = compute(*args, **kwargs)
-        if isinstance(output, ModelOutput):
-            return type(output), tuple(output.items())
-        return None, output
+    def __init__(self, tower: nn.Module, name: str, memo: Memo) -> None:
+        self._tower, self._name, self._memo = tower, name, memo
+        self._compute = tower.forward
+        functools.update_wrapper(self, self._compute)  # models look at its signature
+        self._layout: TreeSpec | None = None
+        """Of a result whose tensors all have a row a picture; None: not so, or no batch of several pictures yet."""
 
-    @functools.wraps(compute)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if any(parameter.numel() == 0 for parameter in tower.parameters()):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(parameter.numel() == 0 for parameter in self._tower.parameters()):
             # Sharded (ZeRO-3): its layers gather their weights together on all ranks, so all must run alike.
-            return compute(*args, **kwargs)
-        kind, value = memo.whole(name, fields, args, kwargs)
-        # A fresh record each time: models write further fields into it.
-        return value if kind is None else kind(**dict(value))
+            return self._compute(*args, **kwargs)
+        num_pictures = _num_pictures([*args, *kwargs.values()])
+        if self._layout is None or not num_pictures:
+            parts, layout = self._memo.whole(self._name, self._taken_apart, args, kwargs)
+            if num_pictures < 2 or not has_rows(parts, num_pictures):
+                return tree_unflatten(parts, layout)
+            self._layout = layout
+        parts = self._memo.by_row(self._name, self._parts, args, kwargs, num_pictures)
+        return tree_unflatten(parts, self._layout)
 
-    return forward
+    def _taken_apart(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], TreeSpec]:
+        parts, layout = tree_flatten(self._compute(*args, **kwargs))
+        return tuple(parts), layout
+
+    def _parts(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        return self._taken_apart(*args, **kwargs)[0]
+
+
+def _num_pictures(values: list[Any]) -> int:
+    """The number of pictures in a batch that has one a row; 0 where it has not, or cannot be told."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if any(isinstance(value, (list, tuple)) for value in values) or not any(value.ndim >= 4 for value in tensors):
+        return 0
+    counts = {len(value) for value in tensors}
+    return counts.pop() if len(counts) == 1 else 0

@@ -95,7 +95,7 @@ class Memo:
                     *(_pick(value, index, num_rows) for value in args),
                     **{name: _pick(value, index, num_rows) for name, value in kwargs.items()},
                 )
-            if not _has_rows(result, 1):
+            if not has_rows(result, 1):
                 return self.whole(name, function, args, kwargs)
             self._put(key, tuple(None if part is None else part[0] for part in result))
         found = [self._get(key) for key in keys]
@@ -104,7 +104,7 @@ class Memo:
             # Cut or padded to the batch: the rows belong together as this batch encodes them, and a later window of
             # them must find them so.
             result = self.whole(name, function, args, kwargs)
-            if _has_rows(result, num_rows):
+            if has_rows(result, num_rows):
                 for row, key in enumerate(keys):
                     self._put(key, tuple(None if part is None else part[row] for part in result))
             return result
@@ -128,7 +128,8 @@ def _pick(value: Any, row: int, num_rows: int) -> Any:
     return value[row : row + 1] if _is_per_row(value, num_rows) else value
 
 
-def _has_rows(result: Any, num_rows: int) -> bool:
+def has_rows(result: Any, num_rows: int) -> bool:
+    """Whether a result is a tuple of tensors (or None) with a row each."""
     return isinstance(result, tuple) and all(
         part is None or (isinstance(part, Tensor) and part.ndim > 0 and len(part) == num_rows) for part in result
     )
