@@ -30,6 +30,8 @@ def _of_the_family(objective: "Objective", tokens: bool) -> Iterator[tuple[str, 
         if objective.loss in GAUSSIAN_LOSSES:
             yield "loss", f"{objective.loss} compares means of Gaussian steps, tokens have none; use clip or drpo"
         return
+    if objective.overlong != "keep":
+        yield "overlong", "for completions of tokens; every denoising trajectory has the same length"
     if objective.ratio in ("sequence", "sequence_token"):
         yield "ratio", f"{objective.ratio} needs all steps in one forward; use token"
     if objective.off_policy_mask is not None:
@@ -67,6 +69,8 @@ def _of_the_loss(objective: "Objective") -> Iterator[tuple[str, str]]:
     correction = objective.correction
     if correction.mode != "none" and objective.old_log_probs == "rollout":
         yield "correction", "compares recomputed log-probs with the rollout's; say old_log_probs: recompute"
+    if objective.overlong == "penalty" and objective.advantage == "gdpo":
+        yield "overlong", "gdpo normalises each reward by itself, a penalty on their sum has no place; use mask"
     if correction.floor > correction.cap:
         yield "correction.floor", "above cap, so that everything is masked; lower it"
     if objective.advantage == "prompt_std" and objective.prompt_min_count > objective.prompt_buffer:

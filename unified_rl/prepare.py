@@ -19,6 +19,7 @@ from unified_rl.engine import distributed
 from unified_rl.memory import Memory
 from unified_rl.objective_rules import GAUSSIAN_LOSSES
 from unified_rl.objectives import kl as divergence
+from unified_rl.overlong import counted, length_metrics, punishment
 from unified_rl.protocols import Policy
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_objective import Objective
@@ -50,7 +51,7 @@ class Prepared:
     advantages: Tensor
     """[N] of this process."""
     valid: Tensor
-    """[N] bool: rows whose reward counts; the others carry no loss at all."""
+    """[N] bool: rows that carry loss: those with a reward, and not masked for their length."""
     anchor: Anchor | None
 
 
@@ -78,12 +79,15 @@ def prepare(
     policy: Policy, recipe: Recipe, memory: Memory, rollout: Rollout, index: int
 ) -> tuple[list[Prepared], dict[str, float]]:
     """Advantages and anchors of all segments of rollout number `index`, and what they add to the metrics."""
-    prepared, row = [], {}
+    prepared: list[Prepared] = []
+    row: dict[str, float] = {}
     started = time.perf_counter()
     for name, segment in rollout.trajectory.segments.items():
         objective = recipe.objective_for(name)
         anchor = make_anchor(policy, name, segment, recipe, index) if objective.needs_anchor else None
-        total = rollout.scores.total
+        total = rollout.scores.total + punishment(segment, policy.max_steps[name], objective)
+        if segment.context_tokens is not None:
+            row |= length_metrics(segment, rollout.trajectory.completions)
         if anchor is not None and anchor.kl is not None:
             coef = memory.kl_coef(name, objective)
             total = total - coef * anchor.kl.sum(1)
@@ -95,7 +99,7 @@ def prepare(
                 segment=segment,
                 objective=objective,
                 advantages=advantages_of(name, objective, total, rollout, recipe, memory),
-                valid=~total.isnan(),
+                valid=~total.isnan() & counted(rollout.trajectory.completions, objective),
                 anchor=anchor,
             )
         )

@@ -89,6 +89,13 @@ class Objective(Block):
     train_steps: int | None = Field(default=None, ge=1)
     """Train only this many random steps of a rollout at each update; None: all."""
 
+    overlong: Literal["keep", "mask", "penalty"] = "keep"
+    """What becomes of completions that reach the limit of their length. mask: those that were cut carry no loss (their
+    rewards still count in the group's statistics). penalty: the reward falls linearly, by 1 at the limit, over the last
+    overlong_margin of it (DAPO's soft overlong punishment)."""
+    overlong_margin: float = Field(default=0.2, gt=0, le=1)
+    """penalty: a share of the most steps that a completion can have."""
+
     @field_validator("loss")
     @classmethod
     def _known_loss(cls, name: str) -> str:

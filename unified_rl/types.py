@@ -41,6 +41,8 @@ class Completion:
     text: str | None
     images: tuple[Any, ...]
     """Generated pictures (PIL); several for a video, empty for text."""
+    truncated: bool = False
+    """Cut at the most tokens that a completion may have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,6 +129,18 @@ def test_gradients_reach_everything_but_the_vision_tower(name: str, adapter: boo
         ), "pictures are connected to the language model by trained weights"
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl", "idefics3", "gemma3"])
+def test_low_precision_stays_within_its_rounding(name: str):
+    """bfloat16 has 8 bits: logits of size 4 are rounded to 2^-6, and decoding rounds otherwise than teacher forcing."""
+    policy = policy_of(name)
+    policy.module.to(torch.bfloat16)
+    segment = policy.sample(prompts(mixture(FAMILIES[name]))).segments["text"]
+    stats = policy.log_prob("text", segment, slice(None))
+    gap = (stats.log_probs - segment.rollout_log_probs).abs()[segment.loss_mask]
+    assert stats.log_probs.dtype == torch.float32
+    assert gap.mean() <= 0.02 and gap.max() <= 0.25, gap.max()
+
+
 @pytest.mark.parametrize("name", SEEING)
 def test_a_picture_may_stand_closer_to_the_end_than_the_completion_is_long(name: str):
     """Token types of a completion are text, also where the prompt's last tokens are a picture's."""

@@ -167,7 +167,10 @@ class CausalLMPolicy:
         return Trajectory(
             group_ids=torch.tensor([prompt.group_id for prompt in prompts]),
             segments={SEGMENT: segment},
-            completions=[Completion(text=text.strip(), images=()) for text in texts],
+            completions=[
+                Completion(text=text.strip(), images=(), truncated=int(row[-1]) not in self._end_ids)
+                for text, row in zip(texts, segment.actions["tokens"], strict=True)
+            ],
             policy_version=self.version,
         )
 
