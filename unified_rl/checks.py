@@ -11,9 +11,6 @@ from unified_rl.recipe import Recipe
 from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
 from unified_rl.rewards import check_rewards
 
-SEGMENTS = {"diffusion": "image", "causal_lm": "text"}
-"""The segment of the trajectories of each family."""
-
 
 def check_recipe(recipe: Recipe) -> list[str]:
     """Everything that can be known to be wrong before a model is loaded; returns warnings.
@@ -43,11 +40,11 @@ def _check_model(policy: PolicyBlock) -> list[str]:
 
 def _check_policy(recipe: Recipe) -> None:
     sampling = recipe.policy.sampling
-    segment = SEGMENTS[recipe.policy.family]
+    segments = recipe.policy.segments
     for name in recipe.objective:
-        if name not in ("all", segment):
-            hint = nearest(name, [segment, "all"])
-            raise RecipeError(f"objective.{name}: a {recipe.policy.family} policy has no such segment{hint}")
+        if name not in ("all", *segments):
+            hint = nearest(name, [*segments, "all"])
+            raise RecipeError(f"objective.{name}: {recipe.policy.family} policies have no such segment here{hint}")
     for name, objective in recipe.objective.items():
         if ":" in objective.loss:
             check_import(objective.loss, "objective.loss" if name == "all" else f"objective.{name}.loss")
@@ -67,7 +64,7 @@ def _check_policy(recipe: Recipe) -> None:
         raise RecipeError(
             "policy.sampling.noise_level: 0 makes every step deterministic, so there is nothing to train; try 0.7"
         )
-    steps = recipe.objective_for(segment).train_steps
+    steps = recipe.objective_for("image").train_steps
     if steps is not None and steps > sampling.num_inference_steps:
         raise RecipeError(
             f"objective.train_steps: {steps} is more than policy.sampling.num_inference_steps ="

@@ -16,6 +16,7 @@ from unified_rl.recipe_file import RECIPES
 from unified_rl.recipe_objective import Objective
 from unified_rl.recipe_policy import SAMPLING, DiffusionSampling
 from unified_rl.rewards import list_rewards
+from unified_rl.step_counts import trained_segments, trained_steps
 from unified_rl.weights import Sizes, measure
 
 _MEANINGS = {
@@ -48,6 +49,7 @@ _MEANINGS = {
 _POLICIES = {
     "diffusion": "any diffusers pipeline of the flow-matching or DDPM/DDIM family (a folder with model_index.json)",
     "causal_lm": "any transformers generator, text or vision-language (a folder with config.json)",
+    "image_tokens": "a transformers model that draws with tokens (Janus, Janus-Pro, Emu3), and may think first",
 }
 
 
@@ -60,8 +62,8 @@ class Plan:
     samples_per_update: int
     num_rollouts: int
     total_samples: int
-    steps_trained: int
-    """Most steps of one trajectory that an update trains."""
+    steps_trained: int | None
+    """Most steps of one trajectory that an update trains; None: not known before the model is loaded."""
     windows_per_update: int
     """Forward and backward passes of one update, over all processes."""
     num_evaluations: int
@@ -70,16 +72,14 @@ class Plan:
 
 def plan(recipe: Recipe) -> Plan:
     """Count what a run does."""
-    sampling = recipe.policy.sampling
     per_update = recipe.samples_per_rollout // recipe.minibatches
     windows = math.ceil(per_update / recipe.engine.micro_batch)
     num_rollouts = math.ceil(recipe.num_steps / recipe.updates_per_rollout)
-    if isinstance(sampling, DiffusionSampling):
-        noisy = sampling.num_noisy
-        steps = min(recipe.objective_for("image").train_steps or noisy, noisy)
+    steps = trained_steps(recipe)
+    if isinstance(recipe.policy.sampling, DiffusionSampling) and steps is not None:
         windows *= steps  # one forward for each denoising step
     else:
-        steps = min(recipe.objective_for("text").train_steps or sampling.max_new_tokens, sampling.max_new_tokens)
+        windows *= len(trained_segments(recipe))
     return Plan(
         samples_per_rollout=recipe.samples_per_rollout,
         updates_per_rollout=recipe.updates_per_rollout,
@@ -102,6 +102,8 @@ def explain(recipe: Recipe) -> str:
         ("evaluation", _evaluation_lines(recipe, counts)),
         ("rewards", _reward_lines(recipe)),
     ]
+    untrained = [name for name in recipe.policy.segments if not recipe.trains(name)]
+    sections += [(f"objective of {name}", [("none", "this segment is sampled, not trained")]) for name in untrained]
     for name, objective in recipe.objective.items():
         title = "objective" if name == "all" else f"objective of {name}"
         sections.append((title, _objective_lines(objective, counts)))
@@ -187,6 +189,7 @@ def _estimate(sizes: Sizes) -> str:
 
 def _work_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
     per_trajectory = "denoising steps" if recipe.policy.family == "diffusion" else "tokens"
+    steps = "all" if counts.steps_trained is None else f"at most {counts.steps_trained}"
     return [
         ("rollout", f"{recipe.prompts_per_step} prompts x {recipe.group_size} = {counts.samples_per_rollout} samples"),
         (
@@ -194,7 +197,7 @@ def _work_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
             f"{recipe.epochs} epochs x {recipe.minibatches} minibatches = {counts.updates_per_rollout} a rollout",
         ),
         ("run", f"{recipe.num_steps} optimiser steps, {counts.num_rollouts} rollouts, {counts.total_samples} samples"),
-        ("trained steps", f"at most {counts.steps_trained} {per_trajectory} of a trajectory in an update"),
+        ("trained steps", f"{steps} {per_trajectory} of a trajectory in an update"),
         (
             "windows",
             f"{counts.windows_per_update} forward-backward passes an update"

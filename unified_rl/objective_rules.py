@@ -10,7 +10,7 @@ LOSS_NAMES = ["clip", "cispo", "sapo", "reinforce", "drpo", "spo", "guard", "dpp
 """Keys of `objectives.policy_gradient.LOSSES`, which needs torch (a test holds them equal)."""
 GAUSSIAN_LOSSES = ("guard", "dppo")
 """Losses that compare the means of Gaussian steps."""
-ALL_AT_ONCE = {"causal_lm"}
+ALL_AT_ONCE = {"causal_lm", "image_tokens"}
 """Families that evaluate all steps of a sequence in one forward, and whose steps are drawn from a vocabulary."""
 
 

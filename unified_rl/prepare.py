@@ -83,6 +83,8 @@ def prepare(
     row: dict[str, float] = {}
     started = time.perf_counter()
     for name, segment in rollout.trajectory.segments.items():
+        if not recipe.trains(name):
+            continue
         objective = recipe.objective_for(name)
         anchor = make_anchor(policy, name, segment, recipe, index) if objective.needs_anchor else None
         total = rollout.scores.total + punishment(segment, policy.max_steps[name], objective)

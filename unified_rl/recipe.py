@@ -109,7 +109,7 @@ class Recipe(Block):
     data: Data
     rewards: list[RewardBlock] = Field(min_length=1)
     objective: dict[str, Objective]
-    """One block for all segments (stored under "all"), or one a segment."""
+    """One block for all segments (stored under "all"), or one a segment; a segment without one is not trained."""
     optimizer: Optimizer = Optimizer()
     ema: Ema | None = None
     """Keep a moving average of the trained weights; checkpoints hold it as `ema/`, beside `policy/`."""
@@ -157,5 +157,9 @@ class Recipe(Block):
         return self
 
     def objective_for(self, segment: str) -> Objective:
-        """The objective settings of a segment."""
+        """The objective settings of a segment that is trained."""
         return self.objective.get(segment) or self.objective["all"]
+
+    def trains(self, segment: str) -> bool:
+        """Whether a segment has objective settings; one without is sampled and not trained."""
+        return segment in self.objective or "all" in self.objective

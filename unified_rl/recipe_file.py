@@ -15,10 +15,14 @@ from unified_rl.errors import RecipeError, nearest
 from unified_rl.presets import PRESETS
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_objective import Objective
-from unified_rl.recipe_policy import SAMPLING, exam_sampling
+from unified_rl.recipe_policy import IMAGE_TOKEN_MODELS, SAMPLING, exam_sampling
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 """Where the recipes that ship with the project lie; they may be named without their path."""
+
+
+_OURS = {"all", "DiffusionSampling", "TextSampling", "ImageTokenSampling"}
+"""Parts of pydantic's locations that no user wrote: our key for all segments, and the members of a union."""
 
 
 class _UniqueLoader(yaml.SafeLoader):
@@ -145,10 +149,17 @@ def _family_of(folder: Path) -> str:
     if (folder / "model_index.json").is_file():
         return "diffusion"
     if (folder / "config.json").is_file():
-        return "causal_lm"
+        return "image_tokens" if _model_type(folder) in IMAGE_TOKEN_MODELS else "causal_lm"
     if folder.is_absolute() or folder.parts[:1] == (".",):
         raise RecipeError(f"policy.model: {folder} has neither model_index.json (diffusers) nor config.json")
     raise RecipeError(f"policy.model: no folder {folder}; for a hub name, say policy.family: {' or '.join(SAMPLING)}")
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise RecipeError(f"policy.model: {folder / 'config.json'} is no JSON object: {error}") from error
 
 
 def _resolve_objective(raw: Any) -> dict:
@@ -196,8 +207,7 @@ def _check_keys(raw: Any, model: type[BaseModel], prefix: str) -> None:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    # "all" and the names of a union's members are ours; the user did not write them
-    where = ".".join(str(part) for part in first["loc"] if part not in ("DiffusionSampling", "TextSampling", "all"))
+    where = ".".join(str(part) for part in first["loc"] if part not in _OURS)
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = re.sub(r"a valid dictionary or instance of \w+", "a block of keys", message)
     given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"

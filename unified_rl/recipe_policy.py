@@ -79,10 +79,9 @@ class DiffusionSampling(Block):
         return min(self.noise_steps or stop - first, stop - first)
 
 
-class TextSampling(Block):
-    """The behaviour policy of a transformers generator: the logits processors, in this order."""
+class TokenSampling(Block):
+    """What every policy that draws tokens shares: the logits processors, in this order."""
 
-    max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -93,6 +92,35 @@ class TextSampling(Block):
     """Longer prompts are refused (never cut: a cut inside an image breaks the model)."""
 
 
+class TextSampling(TokenSampling):
+    """The behaviour policy of a transformers generator."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+
+
+class Think(TextSampling):
+    """The text that an image-token policy writes before it draws: its own segment, `text`."""
+
+    instruction: str = "{prompt}"
+    """What the model is asked for its text."""
+    draw: str = "{prompt}. {text}"
+    """What it is then asked to draw."""
+
+
+class ImageTokenSampling(TokenSampling):
+    """The behaviour policy of a transformers model that draws with tokens (Janus, Emu3)."""
+
+    guidance_scale: float = Field(default=5.0, ge=1)
+    """Weight of the prompt against the unconditional row; tokens are drawn from, and scored under, the guided
+    distribution. 1: no guidance, half the work."""
+    negative_prompt: str | None = None
+    """What the model is guided away from; None: the family's own empty prompt."""
+    think: Think | None = None
+    """Write a text first, and draw from the prompt and the text; None: draw at once."""
+    processor: dict[str, Any] = {}
+    """Further arguments of the model's processor, for instance ratio and image_area (Emu3)."""
+
+
 def exam_sampling(sampling: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """The sampling settings of evaluation: those of the policy with `changes`, call arguments one by one."""
     merged = {**sampling, **changes}
@@ -101,7 +129,13 @@ def exam_sampling(sampling: dict[str, Any], changes: dict[str, Any]) -> dict[str
     return merged
 
 
-SAMPLING: dict[str, type[Block]] = {"diffusion": DiffusionSampling, "causal_lm": TextSampling}
+SAMPLING: dict[str, type[Block]] = {
+    "diffusion": DiffusionSampling,
+    "causal_lm": TextSampling,
+    "image_tokens": ImageTokenSampling,
+}
+IMAGE_TOKEN_MODELS = ("janus", "emu3")
+"""`model_type` of the transformers models that draw; to train one of them to answer, say family: causal_lm."""
 
 
 class PolicyBlock(Block):
@@ -111,7 +145,7 @@ class PolicyBlock(Block):
     """A folder written by `save_pretrained`, or a hub name."""
     revision: str | None = None
     """Revision of a hub name; pin it."""
-    family: Literal["diffusion", "causal_lm"]
+    family: Literal["diffusion", "causal_lm", "image_tokens"]
     """Found from the model if left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: str | None = None
@@ -120,4 +154,11 @@ class PolicyBlock(Block):
     adapter: Adapter = Adapter()
     train: list[str] | None = None
     """Regular expressions on parameter names: only matching parameters are trained. None: the family's default."""
-    sampling: DiffusionSampling | TextSampling
+    sampling: DiffusionSampling | TextSampling | ImageTokenSampling
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """Names of the segments of this policy's trajectories, in the order in which they are sampled."""
+        if isinstance(self.sampling, ImageTokenSampling):
+            return ("image",) if self.sampling.think is None else ("text", "image")
+        return ("image",) if self.family == "diffusion" else ("text",)

@@ -19,7 +19,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 _ATTENTION = re.compile(
     r"(?:^|[._])(?:to_[qkv]|to_out\.0|to_add_out|add_[qkv]_proj|[qkvo]_proj|out_proj|qkv_proj|qkv|query|key|value|c_attn)$"
 )
-_VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder)\.")
+_VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder|vqmodel)\.")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -107,7 +107,7 @@ def _read_header(file: Path) -> Shapes:
 
 def _count_trained(policy: PolicyBlock, shapes: Shapes) -> int:
     adapter, patterns = policy.adapter, policy.train
-    if policy.family == "causal_lm" and (patterns is None or adapter.kind == "lora"):
+    if policy.family != "diffusion" and (patterns is None or adapter.kind == "lora"):
         shapes = {name: shape for name, shape in shapes.items() if not _VISION.search(name)}
     if adapter.kind == "lora":
         adapted = [shape for name, shape in shapes.items() if len(shape) == 2 and _is_target(name, adapter.targets)]

@@ -1,6 +1,6 @@
 """Policies: how a generator's steps are drawn and evaluated again. The only code that knows model families."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -17,25 +17,28 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
         UnsupportedPipelineError: if a pipeline cannot be replayed exactly.
     """
     from unified_rl.errors import RecipeError
-    from unified_rl.recipe_policy import DiffusionSampling, TextSampling, exam_sampling
+    from unified_rl.recipe_policy import SAMPLING, exam_sampling
 
     _quiet_libraries()
     block = recipe.policy
-    settings = exam_sampling(block.sampling.model_dump(), recipe.evaluation.sampling)
+    evaluation: Any = SAMPLING[block.family].model_validate(
+        exam_sampling(block.sampling.model_dump(), recipe.evaluation.sampling)
+    )
     with_reference = any(objective.kl.coef > 0 for objective in recipe.objective.values())
     try:
         if block.family == "diffusion":
             from unified_rl.policies.diffusion import DiffusionPolicy
 
-            still = DiffusionSampling.model_validate(settings)
             return DiffusionPolicy.load(
-                block, evaluation=still, with_reference=with_reference, device=device, seed=recipe.seed
+                block, evaluation=evaluation, with_reference=with_reference, device=device, seed=recipe.seed
             )
         from unified_rl.policies.causal_lm import CausalLMPolicy
+        from unified_rl.policies.image_tokens import ImageTokensPolicy
 
-        return CausalLMPolicy.load(
+        kind = ImageTokensPolicy if block.family == "image_tokens" else CausalLMPolicy
+        return kind.load(
             block,
-            evaluation=TextSampling.model_validate(settings),
+            evaluation=evaluation,
             with_reference=with_reference,
             entropy_gradient=any(
                 objective.entropy_coef > 0 or objective.entropy_target is not None

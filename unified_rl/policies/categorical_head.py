@@ -15,14 +15,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from unified_rl.recipe_policy import TextSampling
+from unified_rl.recipe_policy import TokenSampling
 from unified_rl.transitions import categorical
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits that are processed at once in scoring: 64 MiB in float32."""
 
 
-def processors(settings: TextSampling, suppressed: Sequence[int], device: torch.device) -> LogitsProcessorList:
+def processors(settings: TokenSampling, suppressed: Sequence[int], device: torch.device) -> LogitsProcessorList:
     """The behaviour policy: what turns the model's logits into the distribution that a token is drawn from."""
     chain = LogitsProcessorList([SuppressTokensLogitsProcessor(list(suppressed), device=str(device))])
     if settings.temperature != 1.0:

@@ -41,7 +41,7 @@ from unified_rl.recipe_policy import PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
 
 SEGMENT = "text"
-VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder)\.")
+VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder|vqmodel)\.")
 
 
 class CausalLMPolicy:
@@ -234,11 +234,15 @@ class CausalLMPolicy:
             tokens,
             self._chain(settings),
             settings.temperature,
-            entropy="none" if self._in_reference else ("gradient" if self._entropy_gradient else "value"),
+            entropy=self._entropy_mode,
         )
         fill = (0, num_steps - length)
         entropy = entropy if entropy is None else pad(entropy.masked_fill(masked, 0.0), fill)
         return pad(log_probs.masked_fill(masked, 0.0), fill), entropy
+
+    @property
+    def _entropy_mode(self) -> str:
+        return "none" if self._in_reference else ("gradient" if self._entropy_gradient else "value")
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from unified_rl.errors import RecipeError
-from unified_rl.recipe_policy import TextSampling
+from unified_rl.recipe_policy import TokenSampling
 from unified_rl.types import Prompt
 
 MAX_PICTURE_SIDE = 16_384
@@ -33,7 +33,7 @@ class TextInputs:
         self.tokenizer: PreTrainedTokenizerBase = processor if is_tokenizer else processor.tokenizer
         self.pad_id = pad_id
 
-    def prepare_all(self, prompts: Sequence[Prompt], settings: TextSampling) -> list[Inputs]:
+    def prepare_all(self, prompts: Sequence[Prompt], settings: TokenSampling) -> list[Inputs]:
         """Processed inputs per row; rows of the same prompt share one object.
 
         Raises:
@@ -48,14 +48,14 @@ class TextInputs:
             rows.append(seen[key])
         return rows
 
-    def prepare(self, prompt: Prompt, settings: TextSampling) -> Inputs:
+    def prepare(self, prompt: Prompt, settings: TokenSampling) -> Inputs:
         """Process one prompt.
 
         Raises:
             RecipeError: if the prompt is too long, a picture is unreadable or too large, or the model's processor
                 refuses the combination of text and pictures.
         """
-        text, templated = self._render(prompt, settings)
+        text, templated = self.render(prompt, settings)
         images = {"images": [[_loaded(image) for image in prompt.images]]} if prompt.images else {}
         try:
             inputs = self.processor(text=[text], **images, return_tensors="pt", add_special_tokens=not templated)
@@ -73,7 +73,7 @@ class TextInputs:
         # Some processors add labels for supervised training.
         return {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels"}
 
-    def _render(self, prompt: Prompt, settings: TextSampling) -> tuple[str, bool]:
+    def render(self, prompt: Prompt, settings: TokenSampling) -> tuple[str, bool]:
         """The prompt as one string, and whether a chat template (which brings its special tokens) made it."""
         if not settings.chat_template or not self.processor.chat_template:
             if not isinstance(prompt.text, str):

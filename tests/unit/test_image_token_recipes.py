@@ -1,0 +1,69 @@
+"""Recipes of image-token policies: family, segments, and what is trained of them, before a model is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unified_rl.checks import check_recipe
+from unified_rl.errors import RecipeError
+from unified_rl.explain import explain, plan
+from unified_rl.recipe import Recipe
+from unified_rl.recipe_file import parse_recipe
+
+
+def recipe(folder: Path, *, sampling: dict | None = None, objective: dict | None = None, **config) -> Recipe:
+    described = {"model_type": "janus", "vision_config": {"num_image_tokens": 16}, **config}
+    (folder / "config.json").write_text(json.dumps(described))
+    raw = {
+        "policy": {"model": str(folder), "sampling": sampling or {}},
+        "data": {"prompts": "unified_rl.worlds.shapes:train_drawing"},
+        "rewards": [{"name": "shapes_strict"}],
+        "objective": objective or {"preset": "dr_grpo"},
+    }
+    return parse_recipe(raw, folder)
+
+
+@pytest.mark.parametrize("kind", ["janus", "emu3"])
+def test_the_family_is_found_from_the_model(tmp_path: Path, kind: str):
+    found = recipe(tmp_path, model_type=kind)
+    assert found.policy.family == "image_tokens" and found.policy.segments == ("image",)
+    check_recipe(found)
+
+
+def test_other_transformers_models_stay_language_models(tmp_path: Path):
+    assert recipe(tmp_path, model_type="llama").policy.family == "causal_lm"
+
+
+def test_a_broken_config_is_said(tmp_path: Path):
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(RecipeError, match=r"policy\.model: .*config\.json"):
+        parse_recipe({"policy": {"model": str(tmp_path)}}, tmp_path)
+
+
+def test_steps_are_counted_for_the_segments_that_are_trained(tmp_path: Path):
+    think = {"think": {"max_new_tokens": 10}}
+    assert plan(recipe(tmp_path)).steps_trained == 16
+    both = recipe(tmp_path, sampling=think)
+    assert both.policy.segments == ("text", "image")
+    assert plan(both).steps_trained == 26 and plan(both).windows_per_update == 16
+    drawing = recipe(tmp_path, sampling=think, objective={"image": {"preset": "dr_grpo"}})
+    check_recipe(drawing)
+    assert plan(drawing).steps_trained == 16 and plan(drawing).windows_per_update == 8
+    assert not drawing.trains("text") and "sampled, not trained" in explain(drawing)
+
+
+def test_emu3s_steps_follow_from_the_asked_area(tmp_path: Path):
+    sampling = {"processor": {"ratio": "3:2", "image_area": 384}}
+    assert plan(recipe(tmp_path, model_type="emu3", sampling=sampling)).steps_trained == 6
+    assert plan(recipe(tmp_path, model_type="emu3")).steps_trained == 90 * 90
+
+
+def test_a_text_segment_without_thinking_is_refused(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"objective\.text: image_tokens policies have no such segment"):
+        check_recipe(recipe(tmp_path, objective={"text": {}, "image": {}}))
+
+
+def test_rules_for_tokens_hold_for_image_tokens(tmp_path: Path):
+    with pytest.raises(RecipeError, match="tokens are trained together"):
+        recipe(tmp_path, objective={"train_steps": 4})
