@@ -12,7 +12,7 @@ from unified_rl.errors import RecipeError
 from unified_rl.evaluate import load_exam
 from unified_rl.health import Health
 from unified_rl.memory import Memory
-from unified_rl.policies import build_policy
+from unified_rl.policies import build_policy, check_rows
 from unified_rl.protocols import Console, Engine, Policy
 from unified_rl.recipe import Recipe
 from unified_rl.rewards import LoadedReward, load_rewards
@@ -42,6 +42,7 @@ def assemble(recipe: Recipe, run: Run) -> Parts:
     """Load everything that a run needs, cheap things first."""
     rewards = load_rewards(recipe.rewards)
     rows = load_rows(recipe.data.prompts, "data.prompts")
+    check_rows(recipe.policy, rows, "data.prompts")
     sampler = PromptSampler(
         rows, seed=recipe.seed, group_size=recipe.group_size, prompts_per_step=recipe.prompts_per_step
     )

@@ -11,7 +11,7 @@ from unified_rl.data.prompts import evaluation_prompts
 from unified_rl.data.sources import load_rows
 from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
-from unified_rl.policies import build_policy
+from unified_rl.policies import build_policy, check_rows
 from unified_rl.protocols import Console, Policy
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_file import load_recipe
@@ -25,8 +25,10 @@ def load_exam(recipe: Recipe) -> list[Prompt]:
     """This process's share of the held-out prompts; empty if the recipe has none."""
     if recipe.data.evaluation is None:
         return []
+    rows = load_rows(recipe.data.evaluation, "data.evaluation")
+    check_rows(recipe.policy, rows, "data.evaluation")
     return evaluation_prompts(
-        load_rows(recipe.data.evaluation, "data.evaluation"),
+        rows,
         num=recipe.evaluation.num_prompts,
         seed=recipe.evaluation.seed,
         rank=distributed.rank(),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from unified_rl.data.sources import Row, check_source, image_cells, load_rows
+from unified_rl.data.sources import Row, check_source, image_cells, load_rows, media_columns
 from unified_rl.errors import RecipeError
 from unified_rl.types import Prompt
 
@@ -57,15 +57,15 @@ class PromptSampler:
                 f"samples cannot be shared out over {world_size} processes; make it a multiple"
             )
         share = num_samples // world_size
-        pictures: dict[int, tuple[Image.Image, ...]] = {}
+        opened: dict[int, Row] = {}
         prompts = []
         for member in range(rank * share, (rank + 1) * share):
             group = index * self._prompts_per_step + member // self._group_size
             row = self._row_at(group)
-            if row not in pictures:
-                pictures[row] = _pictures(self._rows[row], row)
+            if row not in opened:
+                opened[row] = _opened(self._rows[row], row)
             seed = _hashed_seed("rollout", self._seed, index, member)
-            prompts.append(_prompt(self._rows[row], pictures[row], group_id=group, seed=seed))
+            prompts.append(_prompt(opened[row], group_id=group, seed=seed))
         return prompts
 
     def _row_at(self, position: int) -> int:
@@ -84,9 +84,8 @@ def evaluation_prompts(rows: Sequence[Row], *, num: int, seed: int, rank: int, w
     """
     prompts = []
     for index in range(rank, min(num, len(rows)), world_size):
-        pictures = _pictures(rows[index], index)
         own_seed = _hashed_seed("evaluation", seed, index)
-        prompts.append(_prompt(rows[index], pictures, group_id=index, seed=own_seed))
+        prompts.append(_prompt(_opened(rows[index], index), group_id=index, seed=own_seed))
     return prompts
 
 
@@ -102,10 +101,16 @@ def _hashed_seed(*parts: str | int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _pictures(row: Row, index: int) -> tuple[Image.Image, ...]:
-    return tuple(cell.open() for cell in image_cells(row, f"row {index}", Path.cwd()))
+def _opened(row: Row, index: int) -> Row:
+    """The row with its pictures decoded, those of `image` and `images` under `images`."""
+    opened = {name: value for name, value in row.items() if name not in ("image", "images")}
+    for name in media_columns(row):
+        cells = row[name]
+        opened[name] = [cell.open() for cell in cells] if isinstance(cells, list) else cells.open()
+    pictures: tuple[Image.Image, ...] = tuple(cell.open() for cell in image_cells(row, f"row {index}", Path.cwd()))
+    return {**opened, "images": pictures}
 
 
-def _prompt(row: Row, images: tuple[Image.Image, ...], *, group_id: int, seed: int) -> Prompt:
-    columns = {name: value for name, value in row.items() if name not in ("prompt", "image", "images")}
-    return Prompt(text=row["prompt"], images=images, columns=columns, group_id=group_id, seed=seed)
+def _prompt(row: Row, *, group_id: int, seed: int) -> Prompt:
+    columns = {name: value for name, value in row.items() if name not in ("prompt", "images")}
+    return Prompt(text=row["prompt"], images=row["images"], columns=columns, group_id=group_id, seed=seed)

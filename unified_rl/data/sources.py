@@ -1,7 +1,8 @@
 """Where prompts come from: files and import references, read and checked without torch, so that `validate` is quick.
 
 A row is a dictionary with `prompt` (text, or chat messages), optionally `image` (one) or `images` (a list), and any
-further columns, which rewards receive by name. Pictures stay encoded until a prompt is made of their row.
+further columns, which rewards receive by name. Columns named `..._image` hold one picture, `video` and `..._video` a
+list of frames. Pictures stay encoded until a prompt is made of their row.
 """
 
 import base64
@@ -91,6 +92,20 @@ def image_cells(row: Mapping[str, Any], place: str, folder: Path) -> list[ImageC
     if not isinstance(several, list | tuple):
         raise RecipeError(f"{place}: images must be a list, not {type(several).__name__}; for one picture say image")
     return [cell if isinstance(cell, ImageCell) else _image_cell(cell, place, folder) for cell in several]
+
+
+def media_columns(row: Mapping[str, Any]) -> list[str]:
+    """The columns beside `image` and `images` that hold a picture or the frames of a video."""
+    return [str(name) for name in row if str(name).endswith("_image") or re.search(r"(^|_)video$", str(name))]
+
+
+def _media_cells(name: str, value: Any, place: str, folder: Path) -> ImageCell | list[ImageCell]:
+    """A `..._image` column's picture, or the frames of a video, none decoded."""
+    if name.endswith("_image"):
+        return value if isinstance(value, ImageCell) else _image_cell(value, place, folder)
+    if not isinstance(value, list | tuple) or not value:
+        raise RecipeError(f"{place}: {name} must be a list of its frames (pictures), not {type(value).__name__}")
+    return [cell if isinstance(cell, ImageCell) else _image_cell(cell, place, folder) for cell in value]
 
 
 def _image_cell(cell: Any, place: str, folder: Path) -> ImageCell:
@@ -184,7 +199,7 @@ def _file_rows(path: Path, where: str) -> Iterator[Row]:
 
 
 def _checked(row: Any, place: str, folder: Path) -> Row:
-    """A row whose pictures, if it has any, are `ImageCell`s under `images`."""
+    """A row whose pictures are `ImageCell`s: those of `image` and `images` under `images`, others where they were."""
     if not isinstance(row, Mapping):
         raise RecipeError(f'{place}: a row is an object with a "prompt", not {type(row).__name__}')
     if "prompt" not in row:
@@ -195,6 +210,8 @@ def _checked(row: Any, place: str, folder: Path) -> Row:
             raise RecipeError(f"{place}: a column cannot be called {name!r}, rewards get this already; rename it")
     cells = image_cells(row, place, folder)
     checked = {str(name): value for name, value in row.items() if name not in ("image", "images")}
+    for name in media_columns(checked):
+        checked[name] = _media_cells(name, checked[name], place, folder)
     return {**checked, "images": cells} if cells else checked
 
 

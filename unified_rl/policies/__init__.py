@@ -1,5 +1,6 @@
 """Policies: how a generator's steps are drawn and evaluated again. The only code that knows model families."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -7,6 +8,7 @@ if TYPE_CHECKING:
 
     from unified_rl.protocols import Policy
     from unified_rl.recipe import Recipe
+    from unified_rl.recipe_policy import PolicyBlock
 
 
 def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
@@ -49,6 +51,22 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
     except OSError as error:  # what both libraries raise for a missing or unreadable checkpoint
         reason = " ".join(str(error).split())
         raise RecipeError(f"policy.model: {block.model} cannot be loaded: {reason}") from error
+
+
+def check_rows(block: "PolicyBlock", rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Make sure, before the model is loaded, that it can take the conditions that the rows of a dataset bring.
+
+    Args:
+        where: the recipe key of the rows, for instance "data.prompts"; errors begin with it.
+
+    Raises:
+        RecipeError: if a pipeline has no argument for a condition, or needs one that rows lack.
+    """
+    if block.family == "diffusion":
+        from unified_rl.policies.conditions import check_conditions
+
+        _quiet_libraries()
+        check_conditions(block, rows, where)
 
 
 def _quiet_libraries() -> None:

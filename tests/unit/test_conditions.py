@@ -1,0 +1,81 @@
+"""Conditions of a dataset: pictures by column name, and what a pipeline's call takes and needs."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+from PIL import Image
+
+from unified_rl.data.prompts import PromptSampler
+from unified_rl.data.sources import load_rows
+from unified_rl.errors import RecipeError
+from unified_rl.policies.conditions import check_columns
+from unified_rl.policies.pipeline_call import call_arguments
+
+
+def dataset(folder: Path, *rows: dict) -> str:
+    for name, colour in (("red.png", "red"), ("blue.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(folder / name)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "rows.jsonl")
+
+
+def check(name: str, *rows: dict, **settings) -> None:
+    check_columns(getattr(diffusers, name), rows, settings=settings, where="data.prompts")
+
+
+def test_pictures_of_any_column_reach_the_call_by_name(tmp_path: Path):
+    row = {"prompt": "p", "image": "red.png", "mask_image": "blue.png", "strength": 0.5, "target": "x"}
+    rows = load_rows(dataset(tmp_path, row), "data.prompts")
+    prompts = PromptSampler(rows, seed=0, group_size=2, prompts_per_step=1).rollout(0, rank=0, world_size=1)
+    given = call_arguments(diffusers.StableDiffusion3InpaintPipeline, prompts, {"height": 8})
+    assert [picture.getpixel((0, 0)) for picture in given["image"]] == [(255, 0, 0)] * 2
+    assert [picture.getpixel((0, 0)) for picture in given["mask_image"]] == [(0, 0, 255)] * 2
+    assert given["strength"] == 0.5 and given["height"] == 8 and "target" not in given
+    assert prompts[0].columns["target"] == "x"
+
+
+def test_a_video_is_a_list_of_frames(tmp_path: Path):
+    row = {"prompt": "p", "video": ["red.png", "blue.png"]}
+    rows = load_rows(dataset(tmp_path, row), "data.prompts")
+    prompts = PromptSampler(rows, seed=0, group_size=2, prompts_per_step=1).rollout(0, rank=0, world_size=1)
+    videos = call_arguments(diffusers.WanVideoToVideoPipeline, prompts, {})["video"]
+    assert [[frame.getpixel((0, 0)) for frame in video] for video in videos] == [[(255, 0, 0), (0, 0, 255)]] * 2
+    with pytest.raises(RecipeError, match=r"rows.jsonl:1: video must be a list of its frames"):
+        load_rows(dataset(tmp_path, {"prompt": "p", "video": "red.png"}), "data.prompts")
+    with pytest.raises(RecipeError, match="no image file"):
+        load_rows(dataset(tmp_path, {"prompt": "p", "mask_image": "green.png"}), "data.prompts")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("FluxPipeline", {"image": 0}, "FluxPipeline takes no 'image'"),
+        ("FluxPipeline", {"mask_image": 0}, "FluxPipeline takes no 'mask_image'"),
+        ("FluxPipeline", {"negative_prompt_3": ""}, "did you mean 'negative_prompt"),
+        ("WanPipeline", {"video": 0}, "WanPipeline takes no 'video'"),
+        ("WanPipeline", {"images": 0}, "WanPipeline takes no 'images'"),
+        ("StableDiffusion3InpaintPipeline", {"image": 0}, "needs a column 'mask_image', which row 0 lacks"),
+        ("StableDiffusion3Img2ImgPipeline", {}, "needs a column 'image'"),
+        ("QwenImageEditPipeline", {}, "needs a column 'image'"),
+        ("WanImageToVideoPipeline", {}, "needs a column 'image'"),
+        ("StableDiffusionInstructPix2PixPipeline", {}, "needs a column 'image'"),
+        ("DiTPipeline", {}, "needs a column 'class_labels'"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused(name: str, row: dict, message: str):
+    with pytest.raises(RecipeError, match="^data.prompts: .*" + message):
+        check(name, {"prompt": "p", **row})
+
+
+def test_a_later_row_that_lacks_its_picture_is_named():
+    with pytest.raises(RecipeError, match="needs a column 'image', which row 1 lacks"):
+        check("WanImageToVideoPipeline", {"prompt": "p", "images": [0]}, {"prompt": "p"})
+
+
+def test_conditions_that_fit_pass():
+    check("FluxPipeline", {"prompt": "p", "negative_prompt": "", "height": 32, "answer": "for a reward"})
+    check("FluxKontextPipeline", {"prompt": "p"}, {"prompt": "q", "image": 0})
+    check("WanImageToVideoPipeline", {"prompt": "p", "images": [0], "last_image": 0})
+    check("DiTPipeline", {"prompt": "p"}, class_labels=[1])
