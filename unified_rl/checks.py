@@ -46,8 +46,9 @@ def _check_policy(recipe: Recipe) -> None:
             hint = nearest(name, [*segments, "all"])
             raise RecipeError(f"objective.{name}: {recipe.policy.family} policies have no such segment here{hint}")
     for name, objective in recipe.objective.items():
-        if ":" in objective.loss:
-            check_import(objective.loss, "objective.loss" if name == "all" else f"objective.{name}.loss")
+        for key, value in (("loss", objective.loss), ("method", objective.method), ("beside", objective.beside)):
+            if value is not None and ":" in value:
+                check_import(value, f"objective.{key}" if name == "all" else f"objective.{name}.{key}")
     if recipe.policy.dtype != "float32" and recipe.policy.adapter.kind == "none":
         raise RecipeError(
             f"policy.dtype: {recipe.policy.dtype} weights cannot be fine-tuned in full, small updates would be lost;"
@@ -60,9 +61,10 @@ def _check_policy(recipe: Recipe) -> None:
             raise RecipeError(f"policy.train: {pattern!r} is no regular expression: {error}") from error
     if not isinstance(sampling, DiffusionSampling):
         return
-    if sampling.noise_level == 0:
+    if sampling.noise_level == 0 and any("steps" in part.kinds for part in recipe.objective.values()):
         raise RecipeError(
-            "policy.sampling.noise_level: 0 makes every step deterministic, so there is nothing to train; try 0.7"
+            "policy.sampling.noise_level: 0 makes every step deterministic, so a policy gradient has nothing to train;"
+            " try 0.7"
         )
     steps = recipe.objective_for("image").train_steps
     if steps is not None and steps > sampling.num_inference_steps:

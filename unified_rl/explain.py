@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import yaml
 
+from unified_rl.explain_method import method_lines
 from unified_rl.policies.noise_plan import noisy_steps
 from unified_rl.presets import PRESETS
 from unified_rl.recipe import Recipe
@@ -28,6 +29,10 @@ _MEANINGS = {
     "batch_whitened": "reward minus the mean of all samples, over their std",
     "prompt_std": "reward minus the mean of the prompt's past, over its std",
     "gdpo": "each reward over its group's std, weighted sum, whitened over all samples",
+    "uniform": "1 for every sample",
+    "exponential": "exp(reward / temperature), over its mean in the group",
+    "best": "1 for the best of a group, 0 for the others",
+    "best_worst": "1 for the best and -1 for the worst of a group, 0 for the others",
     "pass_k": "only the best of a group, by its lead over the second",
     "token": "of each step",
     "sequence": "of the whole sequence (geometric mean)",
@@ -168,7 +173,7 @@ def _run(steps: list[int]) -> str:
 
 
 def _memory_lines(recipe: Recipe) -> list[tuple[str, str]]:
-    with_reference = any(objective.kl.coef > 0 for objective in recipe.objective.values())
+    with_reference = any(objective.needs_reference for objective in recipe.objective.values())
     sizes = measure(recipe.policy, with_reference=with_reference)
     if sizes is None:
         return [("estimate", "none: there are no safetensors weights here to measure")]
@@ -277,11 +282,17 @@ def _objective_lines(objective: Objective, counts: Plan) -> list[tuple[str, str]
         corrected = f"{correction.mode}, {correction.level}, cap {correction.cap:g}, floor {correction.floor:g}"
     lines = [
         ("preset", f"{preset}: {PRESETS[preset][0]}; keys of the recipe win" if preset else "none"),
+        *method_lines(objective),
         ("advantage", advantage),
+    ]
+    shown_kl = f"{kl.estimator}, in the {kl.place}, coef {kl.coef:g}{steered}" if kl.coef else "none (coef 0)"
+    if "steps" not in objective.kinds:
+        return [*lines, ("kl", shown_kl)]
+    lines += [
         ("ratio", _meaning(objective.ratio)),
         ("loss", _meaning(objective.loss) + clip),
         ("aggregation", _meaning(objective.aggregation)),
-        ("kl", f"{kl.estimator}, in the {kl.place}, coef {kl.coef:g}{steered}" if kl.coef else "none (coef 0)"),
+        ("kl", shown_kl),
         ("correction", corrected),
         ("old log-probs", "evaluated anew before the first update" if objective.needs_anchor else "the rollout's"),
     ]

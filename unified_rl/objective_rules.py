@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from unified_rl.method_rules import method_refusals
+
 if TYPE_CHECKING:
     from unified_rl.recipe_objective import Objective
 
@@ -16,6 +18,7 @@ ALL_AT_ONCE = {"causal_lm", "image_tokens"}
 
 def refusals(objective: "Objective", family: str) -> Iterator[tuple[str, str]]:
     """(key, reason and alternative) for each combination that is refused."""
+    yield from method_refusals(objective, family in ALL_AT_ONCE)
     yield from _of_the_family(objective, family in ALL_AT_ONCE)
     yield from _of_the_kl(objective)
     yield from _of_the_loss(objective)
@@ -53,7 +56,7 @@ def _of_the_kl(objective: "Objective") -> Iterator[tuple[str, str]]:
 
 def _of_the_loss(objective: "Objective") -> Iterator[tuple[str, str]]:
     loss, ratio = objective.loss, objective.ratio
-    if loss == "reinforce" and ratio != "none":
+    if "steps" in objective.kinds and loss == "reinforce" and ratio != "none":
         yield "ratio", f"reinforce has no ratio, not even {ratio}; say ratio: none, or loss: clip"
     if loss in LOSS_NAMES and loss != "reinforce" and ratio == "none":
         yield "ratio", f"{loss} is a function of the ratio; say ratio: token, or loss: reinforce"

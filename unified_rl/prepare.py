@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from unified_rl.engine import distributed
 from unified_rl.memory import Memory
 from unified_rl.objective_rules import GAUSSIAN_LOSSES
 from unified_rl.objectives import kl as divergence
+from unified_rl.objectives.sample_weights import SAMPLE_WEIGHTS
 from unified_rl.overlong import counted, length_metrics, punishment
 from unified_rl.protocols import Policy
 from unified_rl.recipe import Recipe
@@ -47,6 +49,8 @@ class Prepared:
 
     name: str
     segment: Segment
+    prompts: Sequence[Prompt]
+    """Of the N rows."""
     objective: Objective
     advantages: Tensor
     """[N] of this process."""
@@ -99,6 +103,7 @@ def prepare(
             Prepared(
                 name=name,
                 segment=segment,
+                prompts=rollout.prompts,
                 objective=objective,
                 advantages=advantages_of(name, objective, total, rollout, recipe, memory),
                 valid=~total.isnan() & counted(rollout.trajectory.completions, objective),
@@ -132,10 +137,12 @@ def advantages_of(
         breakdown = {name: distributed.gather_rows(values) for name, values in rollout.scores.breakdown.items()}
         weights = {reward.name: reward.weight for reward in recipe.rewards}
         advantages = gdpo_advantages(breakdown, weights, ~rewards.isnan(), group_ids, clip=clip)
+    elif kind in SAMPLE_WEIGHTS:
+        advantages = SAMPLE_WEIGHTS[kind](rewards, group_ids, objective.temperature)
     elif kind == "pass_k":
         advantages = pass_k_advantages(rewards, group_ids, clip=clip)
     else:
-        advantages = group_advantages(rewards, group_ids, normalise=kind, clip=clip)
+        advantages = group_advantages(rewards, group_ids, normalise=kind, clip=clip)  # type: ignore[arg-type]
     start = distributed.rank() * len(total)
     return advantages[start : start + len(total)]
 

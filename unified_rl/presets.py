@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from unified_rl.method_presets import METHOD_PRESETS
+
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": (
         "Shao et al. 2024, DeepSeekMath, arXiv 2402.03300",
@@ -103,6 +105,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "Ping et al. 2026, Flow-DPPO, arXiv 2606.11025",
         {"advantage": "global_std", "advantage_clip": 5.0, "loss": "dppo", "max_divergence": 1e-5},
     ),
+    **METHOD_PRESETS,
     "trl_grpo": (
         "what GRPOTrainer of TRL 1.16 does by default: loss_type dapo, beta 0",
         {

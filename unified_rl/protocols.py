@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from unified_rl.types import Prompt, Segment, StepStats, Trajectory
+from unified_rl.types import Denoised, Prompt, Segment, StepStats, Trajectory
 
 
 class Policy(Protocol):
@@ -52,6 +52,20 @@ class Policy(Protocol):
 
     def restore(self, directory: Path) -> None:
         """Load what `save` wrote into the trained module."""
+        ...
+
+
+@runtime_checkable
+class DenoisingPolicy(Policy, Protocol):
+    """A policy that can also be trained on its finished samples, noised again."""
+
+    def num_levels(self, name: str, segment: Segment) -> int:
+        """Noise levels of the schedule that drew a segment: the steps that `predict` can be asked for."""
+        ...
+
+    def predict(self, name: str, segment: Segment, step: int, seeds: Sequence[int]) -> Denoised:
+        """The prediction for the segment's B finished samples, noised to the level of `step` with the noise of B seeds
+        (with gradients if they are enabled)."""
         ...
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from unified_rl.errors import nearest
+from unified_rl.method_rules import method_conflicts
 from unified_rl.objective_rules import refusals
 from unified_rl.recipe_block import Block
 from unified_rl.recipe_objective import Objective
@@ -154,6 +155,8 @@ class Recipe(Block):
         for name, objective in self.objective.items():
             for key, reason in refusals(objective, self.policy.family):
                 raise ValueError(f"objective.{name}.{key}: {reason}")
+            for key, reason in method_conflicts(objective, self):
+                raise ValueError(f"{key}: {reason}")
         return self
 
     def objective_for(self, segment: str) -> Objective:

@@ -80,8 +80,9 @@ def parse_recipe(raw: dict, folder: Path) -> Recipe:
             reward["name"] = _locate(reward["name"], folder)
     raw["objective"] = _resolve_objective(raw.get("objective") or {})
     for objective in raw["objective"].values():
-        if isinstance(objective.get("loss"), str) and ":" in objective["loss"]:
-            objective["loss"] = _locate(objective["loss"], folder)
+        for key in ("loss", "method", "beside"):
+            if isinstance(objective.get(key), str) and ":" in objective[key]:
+                objective[key] = _locate(objective[key], folder)
     _check_exam(raw)
     try:
         return Recipe.model_validate(raw)
@@ -165,9 +166,8 @@ def _model_type(folder: Path) -> str | None:
 def _resolve_objective(raw: Any) -> dict:
     if not isinstance(raw, dict):
         raise RecipeError("objective: a mapping of keys, or of one block a segment, is needed")
-    by_segment = (
-        bool(raw) and not raw.keys() & {"kl", "correction"} and all(isinstance(part, dict) for part in raw.values())
-    )
+    blocks = ("kl", "correction")
+    by_segment = bool(raw) and not raw.keys() & {*blocks} and all(isinstance(part, dict) for part in raw.values())
     resolved = {}
     for name, block in (raw if by_segment else {"all": raw}).items():
         where = f"objective.{name}." if by_segment else "objective."
@@ -176,7 +176,7 @@ def _resolve_objective(raw: Any) -> dict:
         if preset is not None and str(preset) not in PRESETS:
             raise RecipeError(f"{where}preset: no preset {preset!r}{nearest(str(preset), list(PRESETS))}")
         filled = dict(PRESETS[preset][1]) if preset else {}
-        for part in ("kl", "correction"):
+        for part in blocks:
             if isinstance(block.get(part), dict):
                 block = {**block, part: {**filled.get(part, {}), **block[part]}}
         resolved[name] = {**filled, **block}

@@ -5,16 +5,19 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from unified_rl.errors import nearest
+from unified_rl.method_rules import METHOD_KINDS, REFERENCE_METHODS
 from unified_rl.objective_rules import GAUSSIAN_LOSSES, LOSS_NAMES
 from unified_rl.recipe_block import Block
+from unified_rl.recipe_method import MethodBlock
 
 
 class KL(Block):
     """Divergence from the reference policy."""
 
     coef: float = Field(default=0.0, ge=0)
-    estimator: Literal["k1", "k2", "k3", "gaussian"] = "k3"
-    """gaussian: exact, for Gaussian steps (mean over dims)."""
+    estimator: Literal["k1", "k2", "k3", "gaussian", "prediction"] = "k3"
+    """gaussian: exact, for Gaussian steps (mean over dims). prediction: mean squared distance of a denoiser's
+    predictions, for methods over the forward process."""
     place: Literal["loss", "reward"] = "loss"
     """loss: added to each step's loss. reward: its sum over a trajectory is taken off the reward before advantages."""
     target: float | None = Field(default=None, gt=0)
@@ -35,19 +38,20 @@ class Correction(Block):
     floor: float = Field(default=0.0, ge=0)
 
 
-class Objective(Block):
+class Objective(MethodBlock):
     """How rewards become a loss, for one segment."""
 
     preset: str | None = None
     advantage: Literal[
         "group_std", "group_mean", "global_std", "rloo", "group_whitened", "batch_whitened", "prompt_std", "gdpo",
-        "pass_k",
+        "pass_k", "uniform", "exponential", "best", "best_worst",
     ] = "group_std"  # fmt: skip
     """What a reward is compared with and divided by. Minus the group's mean: over the group's std (GRPO), over nothing
     (Dr.GRPO: group_mean), over the std of all rewards (global_std) or of all centred rewards (group_whitened:
     REINFORCE++ with baseline). rloo: minus the mean of the other members. batch_whitened: mean and std of all rewards
     (REINFORCE++). prompt_std: mean and std of the prompt's past (DDPO). gdpo: each reward over its group's std, summed,
-    then whitened. pass_k: only the best of a group, by its lead."""
+    then whitened. pass_k: only the best of a group, by its lead. For imitation and pairs: uniform: 1; exponential:
+    exp(reward / temperature) over its group's mean (RWR); best: 1 for the group's best; best_worst: 1 and -1 (DPO)."""
     advantage_clip: float | None = Field(default=None, gt=0)
     prompt_buffer: int = Field(default=32, ge=2)
     """prompt_std: how many rewards of a prompt are remembered."""
@@ -103,10 +107,33 @@ class Objective(Block):
             raise ValueError(f"no loss {name!r}{nearest(name, LOSS_NAMES)}; known: {', '.join(LOSS_NAMES)}")
         return name
 
+    @field_validator("method", "beside")
+    @classmethod
+    def _known_method(cls, name: str | None) -> str | None:
+        if name is not None and name not in METHOD_KINDS and ":" not in name:
+            known = list(METHOD_KINDS)
+            raise ValueError(f"no method {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        return name
+
+    @property
+    def methods(self) -> list[str]:
+        """The method, and the one beside it."""
+        return [self.method, *([self.beside] if self.beside else [])]
+
+    @property
+    def kinds(self) -> set[str | None]:
+        """What the losses are functions of, see `METHOD_KINDS`; None for a method of the user's own."""
+        return {METHOD_KINDS.get(method) for method in self.methods}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the policy keeps what it needs to act as the frozen reference."""
+        return self.kl.coef > 0 or any(method in REFERENCE_METHODS or ":" in method for method in self.methods)
+
     @property
     def needs_anchor(self) -> bool:
         """Whether the policy is evaluated once more before the first update of a rollout."""
-        return (
+        return "steps" in self.kinds and (
             self.old_log_probs == "recompute"
             or self.loss in GAUSSIAN_LOSSES
             or self.top_entropy < 1

@@ -24,7 +24,8 @@ def _of_segment(recipe: Recipe, name: str) -> int | None:
     limit = recipe.objective_for(name).train_steps
     most: int | None
     if isinstance(sampling, DiffusionSampling):
-        most = sampling.num_noisy
+        by_steps = "steps" in recipe.objective_for(name).kinds
+        most = sampling.num_noisy if by_steps else sampling.num_inference_steps
     elif isinstance(sampling, TextSampling):
         most = sampling.max_new_tokens
     elif name == "text":

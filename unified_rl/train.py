@@ -25,16 +25,17 @@ from unified_rl.checkpoint import find_checkpoint, load_state, save_checkpoint
 from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
 from unified_rl.evaluate import evaluate
+from unified_rl.methods import plan_windows
 from unified_rl.metrics import peak_mib, reward_metrics
-from unified_rl.prepare import Prepared, chosen_steps, prepare, trained_rows
+from unified_rl.prepare import Prepared, prepare
 from unified_rl.recipe import Recipe
 from unified_rl.resample import replace_tied
 from unified_rl.rollout import Rollout, judge, sample, shown
 from unified_rl.snapshots import TRAINED
 from unified_rl.tracking import open_run
 from unified_rl.types import Prompt, Trajectory
-from unified_rl.update import replay_gap, update, window_stats
-from unified_rl.windows import Window, cut, make_target
+from unified_rl.update import replay_gap, update, window_loss, window_stats
+from unified_rl.windows import Window
 
 DONE, STOPPED = 0, 143
 
@@ -60,7 +61,7 @@ def run_loop(parts: Parts, at: "Position", stop: "StopSignal") -> int:
             log_step(parts, step, {**row, **changed, **coefs}, time.perf_counter() - started, first=number == 0)
             if parts.exam and (step % recipe.evaluation.every == 0 or step == recipe.num_steps):
                 examine(parts, step)
-            if step == recipe.num_steps or has_left(recipe, changed["update_kl"]):
+            if step == recipe.num_steps or has_left(recipe, changed):
                 break
         parts.snapshots.tick("rollout")
         index += 1
@@ -133,37 +134,23 @@ def draw(parts: Parts, prompts: Sequence[Prompt]) -> Trajectory:
 
 def plan_updates(parts: Parts, prepared: Sequence[Prepared], index: int) -> Iterator[list[Window]]:
     """The windows of each optimiser step that a rollout is trained for."""
-    recipe, policy, memory = parts.recipe, parts.policy, parts.memory
-    for number in range(recipe.updates_per_rollout):
-        windows = []
-        for part in prepared:
-            rows = trained_rows(len(part.advantages), number % recipe.minibatches, recipe.minibatches)
-            steps = chosen_steps(part.name, part.segment, recipe, index, number)
-            target = make_target(
-                part,
-                rows=rows,
-                steps=steps,
-                max_steps=policy.max_steps[part.name],
-                kl_coef=memory.kl_coef(part.name, part.objective),
-                entropy_coef=memory.entropy_coef(part.name, part.objective),
-            )
-            windows += cut(target, policy, recipe, rows, steps)
-        yield windows
+    for number in range(parts.recipe.updates_per_rollout):
+        yield [window for part in prepared for window in plan_windows(parts, part, index, number)]
 
 
 def probe_replay(parts: Parts, windows: Sequence[Window]) -> float:
     """The replay gap of weights that draw rollouts without being the trained ones: of the first window of each segment,
     because the update itself never evaluates them."""
-    first = {window.target.name: window for window in reversed(windows)}
+    first = {window.target.name: window for window in reversed(windows) if window.loss is window_loss}
     with torch.no_grad(), parts.snapshots.use(parts.recipe.rollout_weights):
         gaps = [replay_gap(window, window_stats(parts.policy, window).log_probs) for window in first.values()]
-    return distributed.max_over_ranks([max(gaps)])[0]
+    return distributed.max_over_ranks([max(gaps, default=0.0)])[0]
 
 
-def has_left(recipe: Recipe, update_kl: float) -> bool:
+def has_left(recipe: Recipe, changed: dict[str, float]) -> bool:
     """Whether the policy is as far from the rollout's as its objective allows (PPO's early stop)."""
     limits = [objective.stop_kl for objective in recipe.objective.values() if objective.stop_kl is not None]
-    return bool(limits) and update_kl > min(limits)
+    return bool(limits) and changed["update_kl"] > min(limits)
 
 
 def check_replay(recipe: Recipe, gap: float) -> None:

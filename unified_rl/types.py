@@ -111,6 +111,22 @@ class StepStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Denoised:
+    """A denoiser's prediction for B noised samples at one noise level: x_t = signal * clean + level * noise.
+
+    predicted clean - clean = clean_scale * (output - target), whatever the denoiser predicts."""
+
+    output: Tensor
+    """[B, ...] float32, with gradients: velocity, noise or clean sample, as the denoiser's scheduler has it."""
+    target: Tensor
+    """[B, ...] what a perfect prediction would be."""
+    clean_scale: Tensor
+    """[]."""
+    level: Tensor
+    """[] in (0, 1]: the share of noise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """What the rewards said about B completions."""
 

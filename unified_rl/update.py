@@ -10,11 +10,11 @@ from unified_rl.objectives.correction import off_policy_keep
 from unified_rl.objectives.policy_gradient import MAX_LOG_RATIO, clip_fractions, policy_loss
 from unified_rl.protocols import Engine, Policy
 from unified_rl.types import StepStats
-from unified_rl.windows import Window
+from unified_rl.windows import Target, Window
 
 
-def window_loss(policy: Policy, window: Window, metrics: StepMetrics, *, first_update: bool) -> Tensor:
-    """The window's share of the loss, [] with gradients; adds what it saw to `metrics`.
+def window_loss(policy: Policy, window: Window[Target], metrics: StepMetrics, *, first_update: bool) -> Tensor:
+    """A policy gradient's share of the loss, [] with gradients; adds what it saw to `metrics`.
 
     Args:
         first_update: nothing was trained since the rollout, so that replay must give the rollout's log-probs.
@@ -42,12 +42,12 @@ def window_loss(policy: Policy, window: Window, metrics: StepMetrics, *, first_u
     return loss
 
 
-def window_stats(policy: Policy, window: Window) -> StepStats:
+def window_stats(policy: Policy, window: Window[Target]) -> StepStats:
     """The policy's evaluation of a window."""
     return policy.log_prob(window.target.name, window.target.segment.rows(window.rows), window.steps)
 
 
-def replay_gap(window: Window, log_probs: Tensor) -> float:
+def replay_gap(window: Window[Target], log_probs: Tensor) -> float:
     """Largest distance of the window's trained steps from the rollout's log-probs, in nats; inf for a NaN.
 
     Args:
@@ -60,7 +60,7 @@ def replay_gap(window: Window, log_probs: Tensor) -> float:
     return float(gaps.max()) if len(gaps) else 0.0
 
 
-def _policy_loss(stats: StepStats, window: Window, mask: Tensor, metrics: StepMetrics) -> Tensor:
+def _policy_loss(stats: StepStats, window: Window[Target], mask: Tensor, metrics: StepMetrics) -> Tensor:
     """[B, s] policy loss of a window, before the divergence and the entropy, 0 where masked."""
     target, objective = window.target, window.target.objective
     now = stats.log_probs
@@ -116,13 +116,13 @@ def update(policy: Policy, engine: Engine, windows: list[Window], *, first_updat
     lr = engine.lr
     for window in windows:
         with engine.window():
-            engine.backward(window_loss(policy, window, metrics, first_update=first_update))
+            engine.backward(window.loss(policy, window, metrics, first_update=first_update))
     grad_norm = engine.step()
     policy.version += 1
     return {**metrics.reduce(), "grad_norm": grad_norm, "lr": lr}
 
 
 @torch.no_grad()
-def _reference_stats(policy: Policy, window: Window) -> StepStats:
+def _reference_stats(policy: Policy, window: Window[Target]) -> StepStats:
     with policy.reference():
         return window_stats(policy, window)

@@ -7,6 +7,7 @@ gradient.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from unified_rl.batching import spans
 from unified_rl.engine import distributed
 from unified_rl.imports import load_import
+from unified_rl.metrics import StepMetrics
 from unified_rl.objectives import aggregate
 from unified_rl.objectives.correction import entropy_threshold, importance_weights
 from unified_rl.objectives.policy_gradient import LossFunction
@@ -50,13 +52,23 @@ class Target:
     """Share of each step in the loss; the sum over all processes carries the global denominator."""
 
 
+T = TypeVar("T")
+
+
+class WindowLoss(Protocol):
+    """The share of the loss of one window, [] with gradients; adds what it saw to the metrics."""
+
+    def __call__(self, policy: Policy, window: Any, metrics: StepMetrics, *, first_update: bool) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
+class Window(Generic[T]):
     """The rows and steps of one forward."""
 
-    target: Target
+    target: T
     rows: Rows
     steps: slice
+    loss: WindowLoss
 
 
 def make_target(
@@ -125,7 +137,9 @@ def _scale(prepared: Prepared, mask: Tensor) -> Tensor | None:
     return scale
 
 
-def cut(target: Target, policy: Policy, recipe: Recipe, rows: range, steps: Sequence[int]) -> list[Window]:
-    """The windows of a target; see `spans`. Every process cuts the same number of them."""
+def cut(
+    target: Target, policy: Policy, recipe: Recipe, rows: range, steps: Sequence[int], loss: WindowLoss
+) -> list[Window]:
+    """The windows of a target, each with its loss; see `spans`. Every process cuts the same number of them."""
     parts = spans(target.segment, rows, steps, recipe.engine, steps_per_forward=policy.steps_per_forward[target.name])
-    return [Window(target=target, rows=part, steps=run) for part, run in parts]
+    return [Window(target=target, rows=part, steps=run, loss=loss) for part, run in parts]

@@ -57,7 +57,7 @@ def test_layout_and_manifest(save, tmp_path):
     assert {entry["path"]: entry["size"] for entry in manifest["files"]} | {
         "manifest.json": on_disk["manifest.json"]
     } == on_disk
-    assert {"policy/nested/adapter.bin", "trainer/state_00000_00.safetensors"} <= set(on_disk)
+    assert {"policy/nested/adapter.bin", "trainer/weights.safetensors"} <= set(on_disk)
     assert (manifest["step"], manifest["world_size"]) == (10, 1)
     hashes = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
     # printf weights | sha256sum
@@ -97,7 +97,7 @@ def damage_content(path):
 
 
 def damage_size(path):
-    file = path / "trainer/state_00000_00.safetensors"
+    file = path / "trainer/weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     return file
 

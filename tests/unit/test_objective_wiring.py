@@ -14,6 +14,7 @@ from toys import Bandit, Walker, again, build_parts
 
 from unified_rl.advantages import group_advantages
 from unified_rl.errors import RecipeError
+from unified_rl.method_presets import METHOD_PRESETS
 from unified_rl.metrics import StepMetrics
 from unified_rl.objective_rules import GAUSSIAN_LOSSES, LOSS_NAMES
 from unified_rl.objectives.policy_gradient import LOSSES
@@ -46,10 +47,11 @@ def test_the_recipe_knows_the_losses_that_exist():
 
 
 def fitting() -> list[tuple[str, str]]:
-    """Every preset with every family that it fits."""
+    """Every policy-gradient preset with every family that it fits."""
     tokens_only, gaussian_only = {"gspo", "gspo_token"}, {"flow_grpo", "grpo_guard", "flow_dppo"}
-    bandits = [(name, "tokens") for name in PRESETS if name not in gaussian_only]
-    return bandits + [(name, "gaussian") for name in PRESETS if name not in tokens_only]
+    gradients = [name for name in PRESETS if name not in METHOD_PRESETS]
+    bandits = [(name, "tokens") for name in gradients if name not in gaussian_only]
+    return bandits + [(name, "gaussian") for name in gradients if name not in tokens_only]
 
 
 @pytest.mark.parametrize(("preset", "kind"), fitting())
@@ -426,7 +428,7 @@ def test_the_docs_have_the_presets_as_they_are():
 
 
 def test_the_loss_in_the_docs_trains(tmp_path: Path):
-    code, recipe = re.findall(r"```(?:python|yaml)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    code, recipe = re.findall(r"```(?:python|yaml)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[:2]
     (tmp_path / "geometric.py").write_text(code)
     policy = Bandit([0.0, 0.0])
     parts = build_parts(tmp_path, policy, **yaml.safe_load(recipe), num_steps=16, epochs=2)

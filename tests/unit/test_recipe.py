@@ -93,7 +93,7 @@ def test_dump_reads_back_equal(raw, tmp_path, preset):
     raw["objective"] = (
         {"preset": preset, "advantage_clip": 3.0} if preset else {"image": {"loss": "cispo", "clip_high": 5.0}}
     )
-    if preset in ("gspo", "gspo_token"):  # sequence ratios are for tokens
+    if preset in ("gspo", "gspo_token", "dpo"):  # for tokens
         (tmp_path / "model/model_index.json").rename(tmp_path / "model/config.json")
     recipe = parse_recipe(raw, tmp_path)
     (tmp_path / "run").mkdir()

@@ -26,7 +26,7 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
     evaluation: Any = SAMPLING[block.family].model_validate(
         exam_sampling(block.sampling.model_dump(), recipe.evaluation.sampling)
     )
-    with_reference = any(objective.kl.coef > 0 for objective in recipe.objective.values())
+    with_reference = any(objective.needs_reference for objective in recipe.objective.values())
     try:
         if block.family == "diffusion":
             from unified_rl.policies.diffusion import DiffusionPolicy

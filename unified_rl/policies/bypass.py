@@ -7,7 +7,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from unified_rl.policies.scheduler_head import Pass, ReplayPass, UnsupportedPipelineError
+from unified_rl.policies.scheduler_head import AskedPass, Pass, UnsupportedPipelineError
 
 MAX_UNSERVED = 8
 """Scheduler steps that may follow the last denoiser call."""
@@ -26,7 +26,7 @@ def recording(tape: Pass, templates: list[list[Any]], num_rows: int) -> Callable
     return denoise
 
 
-def bypassing(tape: ReplayPass, templates: list[list[Any]], num_rows: int) -> Callable:
+def bypassing(tape: AskedPass, templates: list[list[Any]], num_rows: int) -> Callable:
     """A denoiser wrapper that runs the real forward only where its output reaches an asked step: calls made at one step
     serve every step up to the next one with calls of its own (joint audio and video loops step two schedulers)."""
     calls = {"step": -1, "count": 0}

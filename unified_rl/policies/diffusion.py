@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unified_rl.policies.bypass import bypassing, recording
+from unified_rl.policies.denoising import PredictPass, first_latents
 from unified_rl.policies.lora import lora_config, select_trained
 from unified_rl.policies.memo import Memo
 from unified_rl.policies.noise_plan import group_seed, noisy_steps, shares_initial_noise, stored_steps
@@ -38,7 +39,7 @@ from unified_rl.policies.scheduler_head import (
     stochastic_scheduler,
 )
 from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
-from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
+from unified_rl.types import Completion, Denoised, Prompt, Segment, StepStats, Trajectory
 
 SEGMENT = "image"
 DENOISERS = ("transformer", "unet", "prior", "dit", "decoder")
@@ -160,6 +161,7 @@ class DiffusionPolicy:
                 "states": states,
                 "stored": [stored] * len(prompts),
                 "templates": [templates] * len(prompts),
+                "levels": [tape.levels] * len(prompts),
             },
             rollout_log_probs=torch.stack(tape.log_probs, dim=1).cpu(),
             loss_mask=mask,
@@ -198,6 +200,22 @@ class DiffusionPolicy:
             mean=torch.stack(tape.means, dim=1),
             std=std,
         )
+
+    def num_levels(self, name: str, segment: Segment) -> int:
+        """Steps of the schedule that drew a segment."""
+        return len(segment.actions["levels"][0])
+
+    def predict(self, name: str, segment: Segment, step: int, seeds: Sequence[int]) -> Denoised:
+        """The pipeline's prediction for finished samples that were noised again, see `denoising`."""
+        assert name == SEGMENT, f"a diffusion policy has no segment {name!r}"
+        prompts: Sequence[Prompt] = segment.actions["prompts"]  # type: ignore[assignment]
+        templates: list[list[Any]] = segment.actions["templates"][0]  # type: ignore[assignment]
+        tape = PredictPass(segment, step, seeds, self._pipeline.device)
+        bypass = bypassing(tape, templates, len(prompts))
+        start = first_latents(type(self._pipeline), tape)
+        with self._pass(tape, bypass, prompts, self._settings[False], None), suppress(LoopLeft):
+            self._call(prompts, self._settings[False], **start)
+        return tape.denoised(type(self._pipeline).__name__)
 
     def _check_gradient(self, tape: ReplayPass) -> None:
         """Refuse a pipeline that cuts the graph between its denoiser and its scheduler."""
@@ -246,11 +264,11 @@ class DiffusionPolicy:
             return [group_seed(self._seed, prompt.group_id) for prompt in prompts]
         return [prompt.seed for prompt in prompts]
 
-    def _call(self, prompts: Sequence[Prompt], settings: DiffusionSampling) -> Any:
+    def _call(self, prompts: Sequence[Prompt], settings: DiffusionSampling, **more: Any) -> Any:
         arguments = call_arguments(
             type(self._pipeline),
             prompts,
-            {**self._call_defaults, **settings.call, "num_inference_steps": settings.num_inference_steps},
+            {**self._call_defaults, **settings.call, "num_inference_steps": settings.num_inference_steps, **more},
         )
         if "generator" in arguments:
             arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self._seeds]

@@ -6,7 +6,8 @@ and scores those that were asked for.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,10 +31,29 @@ class LoopLeft(BaseException):
     """Leaves a pipeline's loop once the last asked step is scored. No Exception: pipelines must not catch it."""
 
 
-class Transition(Protocol):
-    """Computes (mean, std) of the current step; std is 0-d, the full standard deviation."""
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """The forward process at the current step, x_t = signal * clean + level * noise, and what is predicted there."""
 
-    def __call__(self) -> tuple[Tensor, Tensor]: ...
+    output: Tensor
+    """[rows, ...] the denoiser's prediction."""
+    signal: Tensor
+    level: Tensor
+    """0-d."""
+    predicts: str
+    """velocity (noise - clean), epsilon, v_prediction or sample (diffusers' words)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """The current step of a pipeline's loop."""
+
+    law: Callable[[], tuple[Tensor, Tensor]]
+    """Computes (mean, std); std is 0-d, the full standard deviation."""
+    forward: Forward
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        return self.law()
 
 
 class Pass(Protocol):
@@ -47,6 +67,12 @@ class Pass(Protocol):
         ...
 
 
+class AskedPass(Pass, Protocol):
+    """A pass that needs the real denoiser at some steps only."""
+
+    asked: range
+
+
 class SamplePass:
     """Draws every step from its row's own generator and records states and log-probs."""
 
@@ -57,12 +83,14 @@ class SamplePass:
         self.states: list[Tensor] = []
         self.log_probs: list[Tensor] = []
         self.stochastic: list[bool] = []
+        self.levels: list[tuple[float, float]] = []
+        """(signal, level) of the forward process at each step."""
         # Other streams than the pipeline's own generators, which replay must find untouched by these draws.
         self._generators = [torch.Generator().manual_seed((seed * 2 + 1) % (1 << 63)) for seed in seeds]
 
     def next_latents(self, transition: Transition, latents: Tensor) -> Tensor:
         mean, std = transition()
-        mean, copies = _without_copies(mean, len(self._generators))
+        mean, copies = without_copies(mean, len(self._generators))
         stochastic = bool(std >= MIN_STD)
         if stochastic:
             noise = torch.stack([torch.randn(mean.shape[1:], generator=each) for each in self._generators])
@@ -74,6 +102,7 @@ class SamplePass:
         self.states.append(following)
         self.log_probs.append(log_prob)
         self.stochastic.append(stochastic)
+        self.levels.append((float(transition.forward.signal), float(transition.forward.level)))
         self.step += 1
         return following.repeat(copies, *[1] * (following.ndim - 1))
 
@@ -110,7 +139,7 @@ class ReplayPass:
         copies = len(latents) // len(following)
         if self.step in self.asked:
             mean, std = transition()
-            mean, copies = _without_copies(mean, len(self.states))
+            mean, copies = without_copies(mean, len(self.states))
             if std >= MIN_STD:
                 self.log_probs.append(gaussian.log_prob(following.float(), mean, std).mean_over_dims)
             else:
@@ -123,7 +152,7 @@ class ReplayPass:
         return following.repeat(copies, *[1] * (following.ndim - 1))
 
 
-def _without_copies(mean: Tensor, num_rows: int) -> tuple[Tensor, int]:
+def without_copies(mean: Tensor, num_rows: int) -> tuple[Tensor, int]:
     """The first `num_rows` rows, and how many equal copies of them there are.
 
     Pipelines that guide on doubled latents step the scheduler with both halves; the draws must then be equal too.
@@ -192,7 +221,10 @@ def _flow_step(scheduler: Any, head: SchedulerHead, model_output: Tensor, timest
 
     assert head.current is not None, "the scheduler is stepped outside of a pass"
     scheduler._step_index += 1
-    return head.current.next_latents(transition, sample)
+    sigma = scheduler.sigmas[index]
+    return head.current.next_latents(
+        Transition(transition, Forward(model_output, 1 - sigma, sigma, "velocity")), sample
+    )
 
 
 def _ddim_step(scheduler: Any, head: SchedulerHead, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
@@ -216,7 +248,9 @@ def _ddim_step(scheduler: Any, head: SchedulerHead, model_output: Tensor, timest
         )
 
     assert head.current is not None, "the scheduler is stepped outside of a pass"
-    return head.current.next_latents(transition, sample)
+    alpha = scheduler.alphas_cumprod[now]
+    forward = Forward(model_output, alpha.sqrt(), (1 - alpha).sqrt(), scheduler.config.prediction_type)
+    return head.current.next_latents(Transition(transition, forward), sample)
 
 
 def _subclass(base: type, step: Any, head: SchedulerHead) -> type:
