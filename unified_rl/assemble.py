@@ -40,7 +40,7 @@ class Parts:
 
 def assemble(recipe: Recipe, run: Run) -> Parts:
     """Load everything that a run needs, cheap things first."""
-    rewards = load_rewards(recipe.rewards)
+    rewards = load_rewards(recipe.rewards, device=str(distributed.device()))
     rows = load_rows(recipe.data.prompts, "data.prompts")
     check_rows(recipe.policy, rows, "data.prompts")
     sampler = PromptSampler(

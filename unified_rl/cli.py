@@ -80,6 +80,18 @@ def _build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("target", metavar="RUN|RECIPE", help="a run's folder, or a recipe (measures its base model)")
     _add_overrides(evaluate)
 
+    score = commands.add_parser("score", help="try rewards on pictures or texts", allow_abbrev=False)
+    score.add_argument(
+        "--reward", metavar="NAME", dest="rewards", action="append", required=True, help="as in a recipe; repeatable"
+    )
+    score.add_argument(
+        "files", metavar="FILE", nargs="+", type=Path, help="pictures, or .jsonl rows; see docs/rewards.md"
+    )
+    score.add_argument("--prompt", default="", help="what pictures were asked for")
+    score.add_argument(
+        "--arguments", metavar="YAML", default="{}", help="keyword arguments, as in a recipe: '{top: 3}'"
+    )
+
     report = commands.add_parser("report", help="write a run's report.html", allow_abbrev=False)
     report.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
 
@@ -164,6 +176,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return evaluate_command(arguments.target, arguments.overrides)
 
 
+def _score(arguments: argparse.Namespace) -> int:
+    from unified_rl.score import score_command
+
+    return score_command(arguments.rewards, arguments.files, prompt=arguments.prompt, arguments=arguments.arguments)
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from unified_rl.report import write_report
 
@@ -178,7 +196,14 @@ def _list(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-COMMANDS = {"train": _train, "validate": _validate, "evaluate": _evaluate, "report": _report, "list": _list}
+COMMANDS = {
+    "train": _train,
+    "validate": _validate,
+    "evaluate": _evaluate,
+    "score": _score,
+    "report": _report,
+    "list": _list,
+}
 
 
 if __name__ == "__main__":

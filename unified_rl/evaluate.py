@@ -16,7 +16,7 @@ from unified_rl.protocols import Console, Policy
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_file import load_recipe
 from unified_rl.rewards import LoadedReward, load_rewards
-from unified_rl.rollout import Rollout, judge, sample
+from unified_rl.rollout import Rollout, roll_out
 from unified_rl.tracking import make_console
 from unified_rl.types import Prompt
 
@@ -45,7 +45,7 @@ def evaluate(
     `num_samples`.
     """
     batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
-    rollout = judge(rewards, exam, sample(policy, exam, batch=batch, console=console, evaluation=True))
+    rollout = roll_out(policy, rewards, exam, batch=batch, console=console, evaluation=True)
     columns = {"": rollout.scores.total, **rollout.scores.breakdown}
     valid = {name: values[~values.isnan()].double() for name, values in columns.items()}
     moments = [(len(part), float(part.sum()), float(part.square().sum())) for part in valid.values()]
@@ -73,7 +73,7 @@ def evaluate_command(target: str, overrides: list[str]) -> int:
         raise RecipeError("data.evaluation: no held-out prompts in this recipe; name some")
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
-    rewards = load_rewards(recipe.rewards)
+    rewards = load_rewards(recipe.rewards, device=str(distributed.device()))
     exam = load_exam(recipe)
     console = make_console()
     policy = build_policy(recipe, distributed.device())

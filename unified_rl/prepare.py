@@ -134,7 +134,7 @@ def advantages_of(
         keys = distributed.gather_objects([prompt_key(prompt) for prompt in rollout.prompts])
         advantages = memory.prompts(name).advantages(rewards, keys, clip=clip)
     elif kind == "gdpo":
-        breakdown = {name: distributed.gather_rows(values) for name, values in rollout.scores.breakdown.items()}
+        breakdown = {name: distributed.gather_rows(values) for name, values in rollout.scores.shaped.items()}
         weights = {reward.name: reward.weight for reward in recipe.rewards}
         advantages = gdpo_advantages(breakdown, weights, ~rewards.isnan(), group_ids, clip=clip)
     elif kind in SAMPLE_WEIGHTS:

@@ -1,5 +1,5 @@
-"""A recipe: the full description of a run. Every key, its default and what it means (the `policy` and `objective`
-blocks in files of their own).
+"""A recipe: the full description of a run. Every key, its default and what it means (the `policy`, `objective`
+and reward blocks in files of their own).
 
 Blocks are strict: an unknown key is an error. `recipe_file` reads recipes from YAML. None of them may import torch:
 `validate` and `--help` answer at once.
@@ -15,6 +15,7 @@ from unified_rl.objective_rules import refusals
 from unified_rl.recipe_block import Block
 from unified_rl.recipe_objective import Objective
 from unified_rl.recipe_policy import PolicyBlock
+from unified_rl.recipe_reward import RewardBlock
 from unified_rl.recipe_snapshot import Ema, Snapshot
 
 
@@ -24,17 +25,6 @@ class Data(Block):
     prompts: str
     evaluation: str | None = None
     """Held-out prompts; None switches evaluation off."""
-
-
-class RewardBlock(Block):
-    """One reward."""
-
-    name: str
-    """An entry point (`unified-rl list rewards`), `package.module:attr`, or `path/to/file.py:attr`."""
-    weight: float = 1.0
-    """Weight in the trained sum; 0: measured only."""
-    arguments: dict[str, Any] = {}
-    """Keyword arguments handed to every call."""
 
 
 class Optimizer(Block):

@@ -1,7 +1,7 @@
 """Dynamic sampling: groups whose rewards are all tied teach nothing, so other prompts take their places (DAPO, Yu et
 al. 2025, arXiv 2503.14476, section 3.2, with a bound on the work)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -76,15 +76,19 @@ def replace_tied(
 def _pick(first: Rollout, second: Rollout, order: Sequence[int]) -> Rollout:
     """The rows `order` of two rollouts laid end to end."""
     prompts = [*first.prompts, *second.prompts]
+    rows = list(order)
+
+    def picked(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.cat([values, second[name]])[rows] for name, values in first.items()}
+
     scores = Scores(
-        total=torch.cat([first.scores.total, second.scores.total])[list(order)],
-        breakdown={
-            name: torch.cat([values, second.scores.breakdown[name]])[list(order)]
-            for name, values in first.scores.breakdown.items()
-        },
+        total=torch.cat([first.scores.total, second.scores.total])[rows],
+        breakdown=picked(first.scores.breakdown, second.scores.breakdown),
+        shaped=picked(first.scores.shaped, second.scores.shaped),
+        report=first.scores.report,
     )
     joined = concat_trajectories([first.trajectory, second.trajectory])
-    return Rollout(prompts=[prompts[row] for row in order], trajectory=_take(joined, order), scores=scores)
+    return replace(first, prompts=[prompts[row] for row in order], trajectory=_take(joined, order), scores=scores)
 
 
 def _take(trajectory: Trajectory, order: Sequence[int]) -> Trajectory:

@@ -1,12 +1,13 @@
 """Sampling a batch of prompts and having it judged: prompts in, scored trajectories out."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from unified_rl.protocols import Console, Policy
-from unified_rl.rewards import LoadedReward, score
+from unified_rl.rewards import LoadedReward, Scoring
 from unified_rl.tracking import Sample
-from unified_rl.types import Prompt, Scores, Trajectory, concat_trajectories
+from unified_rl.types import Completion, Prompt, Scores, Trajectory, concat_trajectories
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,24 +17,51 @@ class Rollout:
     prompts: Sequence[Prompt]
     trajectory: Trajectory
     scores: Scores
+    seconds: tuple[float, float]
+    """Sampling, and waiting for the rewards after it."""
 
 
 def sample(
-    policy: Policy, prompts: Sequence[Prompt], *, batch: int, console: Console, evaluation: bool = False
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    batch: int,
+    console: Console,
+    evaluation: bool = False,
+    heard: Callable[[Sequence[Completion]], None] | None = None,
 ) -> Trajectory:
-    """Sample all prompts, `batch` at a time."""
+    """Sample all prompts, `batch` at a time.
+
+    Args:
+        heard: is given the completions of each batch as soon as they exist.
+    """
     starts = range(0, len(prompts), batch)
     name = "evaluation" if evaluation else "rollout"
-    parts = [
-        policy.sample(prompts[start : start + batch], evaluation=evaluation)
-        for start in console.track(starts, name, len(starts))
-    ]
+    parts = []
+    for start in console.track(starts, name, len(starts)):
+        parts.append(policy.sample(prompts[start : start + batch], evaluation=evaluation))
+        if heard is not None:
+            heard(parts[-1].completions)
     return concat_trajectories(parts)
 
 
-def judge(rewards: Sequence[LoadedReward], prompts: Sequence[Prompt], trajectory: Trajectory) -> Rollout:
-    """Score the completions of a trajectory."""
-    return Rollout(prompts=prompts, trajectory=trajectory, scores=score(rewards, prompts, trajectory.completions))
+def roll_out(
+    policy: Policy,
+    rewards: Sequence[LoadedReward],
+    prompts: Sequence[Prompt],
+    *,
+    batch: int,
+    console: Console,
+    evaluation: bool = False,
+) -> Rollout:
+    """Sample all prompts and have them judged; rewards work on one batch while the next is sampled."""
+    started = time.perf_counter()
+    scoring = Scoring(rewards, prompts, evaluation=evaluation)
+    trajectory = sample(policy, prompts, batch=batch, console=console, evaluation=evaluation, heard=scoring.add)
+    sampled = time.perf_counter()
+    scores = scoring.finish()
+    seconds = (sampled - started, time.perf_counter() - sampled)
+    return Rollout(prompts=prompts, trajectory=trajectory, scores=scores, seconds=seconds)
 
 
 def shown(rollout: Rollout, num: int) -> list[Sample]:

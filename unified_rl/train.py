@@ -30,10 +30,10 @@ from unified_rl.metrics import peak_mib, reward_metrics
 from unified_rl.prepare import Prepared, prepare
 from unified_rl.recipe import Recipe
 from unified_rl.resample import replace_tied
-from unified_rl.rollout import Rollout, judge, sample, shown
+from unified_rl.rollout import Rollout, roll_out, shown
 from unified_rl.snapshots import TRAINED
 from unified_rl.tracking import open_run
-from unified_rl.types import Prompt, Trajectory
+from unified_rl.types import Prompt
 from unified_rl.update import replay_gap, update, window_loss, window_stats
 from unified_rl.windows import Window
 
@@ -84,24 +84,23 @@ def run_loop(parts: Parts, at: "Position", stop: "StopSignal") -> int:
 def collect(parts: Parts, index: int) -> tuple[Rollout, list[Prepared], dict[str, float]]:
     """Rollout number `index`, judged and prepared for its updates, and what it adds to the metrics."""
     recipe, engine = parts.recipe, parts.engine
-    started = time.perf_counter()
     parts.policy.rollout = index
     prompts = parts.sampler.rollout(index, rank=engine.rank, world_size=engine.world_size)
-    trajectory = draw(parts, prompts)
-    sampled = time.perf_counter()
-    rollout = judge(parts.rewards, prompts, trajectory)
+    rollout = draw(parts, prompts)
+    drawn = time.perf_counter()
     total = distributed.gather_rows(rollout.scores.total)
     breakdown = {name: distributed.gather_rows(values) for name, values in rollout.scores.breakdown.items()}
     # Rewards are reported as they were drawn: those of the groups that are kept would look better than they are.
     kept, redrawn = refill(parts, rollout, index)
-    judged = time.perf_counter()
+    refilled = time.perf_counter() - drawn
     prepared, known = prepare(parts.policy, recipe, parts.memory, kept, index)
     row = {
         "samples_seen": (index + 1) * recipe.samples_per_rollout,
         **reward_metrics(total, breakdown),
-        "frac_reward_zero_std": zero_std_fraction(total, distributed.gather_rows(trajectory.group_ids)),
-        "time/rollout": sampled - started,
-        "time/reward": judged - sampled,
+        "frac_reward_zero_std": zero_std_fraction(total, distributed.gather_rows(rollout.trajectory.group_ids)),
+        **rollout.scores.report,
+        "time/rollout": rollout.seconds[0] + refilled,
+        "time/reward": rollout.seconds[1],
         **redrawn,
         **known,
     }
@@ -120,16 +119,16 @@ def refill(parts: Parts, rollout: Rollout, index: int) -> tuple[Rollout, dict[st
         index=index,
         group_size=recipe.group_size,
         prompts_of=lambda number: parts.sampler.rollout(number, rank=engine.rank, world_size=engine.world_size),
-        draw=lambda prompts: judge(parts.rewards, prompts, draw(parts, prompts)),
+        draw=lambda prompts: draw(parts, prompts),
     )
 
 
-def draw(parts: Parts, prompts: Sequence[Prompt]) -> Trajectory:
-    """Trajectories of the weights that draw this run's rollouts."""
+def draw(parts: Parts, prompts: Sequence[Prompt]) -> Rollout:
+    """Judged trajectories of the weights that draw this run's rollouts."""
     recipe = parts.recipe
     with parts.snapshots.use(recipe.rollout_weights):
         batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
-        return sample(parts.policy, prompts, batch=batch, console=parts.console)
+        return roll_out(parts.policy, parts.rewards, prompts, batch=batch, console=parts.console)
 
 
 def plan_updates(parts: Parts, prepared: Sequence[Prepared], index: int) -> Iterator[list[Window]]:

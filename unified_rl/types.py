@@ -133,7 +133,11 @@ class Scores:
     total: Tensor
     """[B] weighted sum; NaN marks an excluded sample."""
     breakdown: Mapping[str, Tensor]
-    """[B] per reward, unweighted; NaN where a reward abstained."""
+    """[B] per reward, as it said; NaN where it abstained or failed."""
+    shaped: Mapping[str, Tensor]
+    """[B] per reward, as it enters the sum before its weight: clipped, normalised, gated."""
+    report: Mapping[str, float]
+    """How the rewards fared, as metrics of all processes."""
 
 
 def _rows_of(column: Column, index: Rows) -> Column:

@@ -45,8 +45,8 @@ def prepared_with(folder: Path, **keys: object) -> tuple:
         prompts_per_step=1,
     )
     prompts = parts.sampler.rollout(0, rank=0, world_size=1)
-    scores = Scores(total=torch.tensor([1.0, 1.0, 1.0, 0.0]), breakdown={})
-    rollout = Rollout(prompts=prompts, trajectory=trajectory(), scores=scores)
+    scores = Scores(total=torch.tensor([1.0, 1.0, 1.0, 0.0]), breakdown={}, shaped={}, report={})
+    rollout = Rollout(prompts=prompts, trajectory=trajectory(), scores=scores, seconds=(0.0, 0.0))
     (part,), row = prepare(parts.policy, parts.recipe, parts.memory, rollout, 0)
     return part, row
 

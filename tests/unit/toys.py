@@ -1,6 +1,5 @@
 """Two policies small enough to know everything about, and the parts of a run around them."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +15,7 @@ from unified_rl.engine.local import LocalEngine
 from unified_rl.health import Health
 from unified_rl.memory import Memory
 from unified_rl.recipe_file import parse_recipe
-from unified_rl.rewards import LoadedReward
+from unified_rl.rewards import reward_of
 from unified_rl.snapshots import Snapshots
 from unified_rl.tracking import QuietConsole, RunFolder
 from unified_rl.transitions import gaussian
@@ -155,7 +154,6 @@ def build_parts(folder: Path, policy: Any, **changes: Any) -> Parts:
     }
     recipe = parse_recipe(raw, folder)
     rows = [{"prompt": name} for name in "abc"]
-    reward = functools.partial(walked if walks else zeros_chosen)
     sampler = PromptSampler(
         rows, seed=recipe.seed, group_size=recipe.group_size, prompts_per_step=recipe.prompts_per_step
     )
@@ -165,7 +163,7 @@ def build_parts(folder: Path, policy: Any, **changes: Any) -> Parts:
         policy=policy,
         engine=engine,
         snapshots=Snapshots(engine, recipe.all_snapshots),
-        rewards=[LoadedReward(name="toy:reward", weight=1.0, function=reward)],
+        rewards=[reward_of(walked if walks else zeros_chosen, name="toy:reward")],
         sampler=sampler,
         exam=[],
         run=RunFolder(folder / "run"),

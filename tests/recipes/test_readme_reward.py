@@ -1,0 +1,42 @@
+"""The README's own example of a reward: scored on files, then trained."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unified_rl.cli import main
+
+README = Path(__file__).parent.parent.parent / "README.md"
+
+
+def test_a_newcomers_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    (code,) = re.findall(r"```python\n# my_rewards.py\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    Path("my_rewards.py").write_text(code)
+    for name, colour in {"red": (200, 0, 0), "grey": (90, 90, 90)}.items():
+        Image.new("RGB", (8, 8), colour).save(f"{name}.png")
+    assert main(["score", "--reward", "my_rewards.py:redness", "red.png", "grey.png"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["redness", "sample"], ["1.0000", "red.png"], ["0.3333", "grey.png"], ["0.6667", "mean of 2"]]
+    keys = ["rewards=[{name: my_rewards.py:redness}]", "num_steps=1", "group_size=2", "prompts_per_step=1"]
+    keys += ["evaluation.num_prompts=2", "policy.sampling.num_inference_steps=2", "policy.sampling.noise_steps=1"]
+    assert main(["train", "quickstart", *keys, "--output", "run"]) == 0
+    (row,) = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert 0.0 <= row["rewards/redness/mean"] <= 1.0 and row["failures/redness"] == 0.0
+
+
+def test_rows_of_text_are_scored_with_their_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [{"prompt": "?", "text": f"<answer>{word}</answer>", "answer": "red"} for word in ("red", "blue")]
+    file = tmp_path / "replies.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["score", "--reward", "answer", "--reward", "answer_format", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"1.0000\t1.0000\t{file}:1",
+        f"0.0000\t1.0000\t{file}:2",
+        "0.5000\t1.0000\tmean of 2",
+    ]
+    assert main(["score", "--reward", "answer", str(tmp_path / "none.png")]) == 2
