@@ -33,6 +33,7 @@ _MEANINGS = {
     "exponential": "exp(reward / temperature), over its mean in the group",
     "best": "1 for the best of a group, 0 for the others",
     "best_worst": "1 for the best and -1 for the worst of a group, 0 for the others",
+    "gae": "of each step by a critic, generalised advantage estimation",
     "pass_k": "only the best of a group, by its lead over the second",
     "token": "of each step",
     "sequence": "of the whole sequence (geometric mean)",
@@ -294,6 +295,7 @@ def _objective_lines(objective: Objective, counts: Plan) -> list[tuple[str, str]
         ("aggregation", _meaning(objective.aggregation)),
         ("kl", shown_kl),
         ("correction", corrected),
+        *([("critic", _compact(objective.critic.model_dump()))] if objective.advantage == "gae" else []),
         ("old log-probs", "evaluated anew before the first update" if objective.needs_anchor else "the rollout's"),
     ]
     if counts.updates_per_rollout == 1:

@@ -17,6 +17,8 @@ class StepMetrics:
     loss: float = 0.0
     num_steps: float = 0.0
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    shares: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Numbers whose denominators are in them already, as in the loss: they are only summed."""
     replay_gap: float = 0.0
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
@@ -25,11 +27,12 @@ class StepMetrics:
 
     def reduce(self) -> dict[str, float]:
         """The step's metrics, equal on every process."""
-        names = sorted(self.sums)
+        names, shares = sorted(self.sums), sorted(self.shares)
         loss, num_steps, *totals = distributed.sum_over_ranks(
-            [self.loss, self.num_steps, *(self.sums[name] for name in names)]
+            [self.loss, self.num_steps, *(self.sums[name] for name in names), *(self.shares[name] for name in shares)]
         )
-        means = {name: total / max(num_steps, 1.0) for name, total in zip(names, totals, strict=True)}
+        means = {name: total / max(num_steps, 1.0) for name, total in zip(names, totals, strict=False)}
+        means |= dict(zip(shares, totals[len(names) :], strict=True))
         return {"loss": loss, **means, "replay_gap": distributed.max_over_ranks([self.replay_gap])[0]}
 
 

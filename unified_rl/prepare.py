@@ -27,6 +27,7 @@ from unified_rl.recipe import Recipe
 from unified_rl.recipe_objective import Objective
 from unified_rl.rollout import Rollout
 from unified_rl.types import Prompt, Segment
+from unified_rl.valuation import Valued, step_values, valued_advantages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class Anchor:
     """[N, S, ...] of Gaussian steps, for the losses that compare them; 0 at steps that were left out."""
     kl: Tensor | None
     """[N, S] from the reference, 0 where masked, if it goes into the reward."""
+    values: Tensor | None
+    """[N, S] of the critic, if there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +56,12 @@ class Prepared:
     """Of the N rows."""
     objective: Objective
     advantages: Tensor
-    """[N] of this process."""
+    """[N] of this process, or [N, S] where a critic tells its steps apart."""
     valid: Tensor
     """[N] bool: rows that carry loss: those with a reward, and not masked for their length."""
     anchor: Anchor | None
+    valued: Valued | None
+    """With a critic: what it is trained towards."""
 
 
 def trained_rows(num_rows: int, minibatch: int, minibatches: int) -> range:
@@ -94,28 +99,43 @@ def prepare(
         total = rollout.scores.total + punishment(segment, policy.max_steps[name], objective)
         if segment.context_tokens is not None:
             row |= length_metrics(segment, rollout.trajectory.completions)
+        penalties = None
         if anchor is not None and anchor.kl is not None:
-            coef = memory.kl_coef(name, objective)
-            total = total - coef * anchor.kl.sum(1)
+            penalties = memory.kl_coef(name, objective) * anchor.kl
             steps, nats = distributed.sum_over_ranks([float(segment.loss_mask.sum()), float(anchor.kl.sum())])
             row["kl"] = nats / max(steps, 1.0)
+        valued = None
+        if objective.advantage == "gae":
+            known = anchor.values if anchor is not None else None
+            values = step_values(policy, name, segment, recipe.engine.micro_batch) if known is None else known
+            advantages, valued, metrics = valued_advantages(objective, segment, values, total, penalties)
+            row |= metrics
+        else:
+            total = total if penalties is None else total - penalties.sum(1)
+            advantages = advantages_of(name, objective, total, rollout, recipe, memory)
         prepared.append(
             Prepared(
                 name=name,
                 segment=segment,
                 prompts=rollout.prompts,
                 objective=objective,
-                advantages=advantages_of(name, objective, total, rollout, recipe, memory),
+                advantages=advantages,
                 valid=~total.isnan() & counted(rollout.trajectory.completions, objective),
                 anchor=anchor,
+                valued=valued,
             )
         )
         if anchor is not None:
             row["time/anchor"] = time.perf_counter() - started
-    teaching = torch.stack([part.advantages.ne(0.0) & part.valid for part in prepared]).any(0)
+    teaching = torch.stack([_any_step(part.advantages.ne(0.0)) & part.valid for part in prepared]).any(0)
     valid = ~rollout.scores.total.isnan()
     num_teaching, num_valid = distributed.sum_over_ranks([float(teaching.sum()), float(valid.sum())])
     return prepared, {**row, "frac_samples_with_gradient": num_teaching / max(num_valid, 1.0)}
+
+
+def _any_step(flags: Tensor) -> Tensor:
+    """[N] or [N, S] flags to [N]."""
+    return flags if flags.ndim == 1 else flags.any(1)
 
 
 def advantages_of(
@@ -128,6 +148,7 @@ def advantages_of(
     """
     rewards, group_ids = distributed.gather_rows(total), distributed.gather_rows(rollout.trajectory.group_ids)
     kind, clip = objective.advantage, objective.advantage_clip
+    assert kind != "gae", "advantages of a critic are made of its values"
     if kind == "batch_whitened":
         advantages = batch_advantages(rewards, clip=clip)
     elif kind == "prompt_std":
@@ -163,12 +184,12 @@ def make_anchor(policy: Policy, name: str, segment: Segment, recipe: Recipe, ind
     objective = recipe.objective_for(name)
     shape = segment.rollout_log_probs.shape
     log_probs = segment.rollout_log_probs.clone()
-    entropy, means, kl = torch.full(shape, torch.nan), None, None
+    entropy, means, kl, values = torch.full(shape, torch.nan), None, None, None
     with_kl = objective.kl.coef > 0 and objective.kl.place == "reward"
     if with_kl:
         kl = torch.zeros(shape)
     with_means = objective.loss in GAUSSIAN_LOSSES
-    if with_kl or objective.correction.level != "token":
+    if with_kl or objective.correction.level != "token" or objective.advantage == "gae":
         steps = segment.loss_mask.any(0).nonzero().flatten().tolist()
     else:
         draws = [chosen_steps(name, segment, recipe, index, number) for number in range(recipe.updates_per_rollout)]
@@ -186,6 +207,9 @@ def make_anchor(policy: Policy, name: str, segment: Segment, recipe: Recipe, ind
             log_probs[rows, run] = stats.log_probs.to(log_probs)
             if stats.entropy is not None:
                 entropy[rows, run] = stats.entropy.to(entropy)
+            if stats.values is not None:
+                values = torch.zeros(shape) if values is None else values
+                values[rows, run] = stats.values.to(values)
             if with_means and stats.mean is not None:
                 if means is None:
                     means = torch.zeros(*shape, *stats.mean.shape[2:], dtype=stats.mean.dtype)
@@ -195,4 +219,5 @@ def make_anchor(policy: Policy, name: str, segment: Segment, recipe: Recipe, ind
                     reference = policy.log_prob(name, part, run)
                 mask = part.loss_mask[:, run].to(stats.log_probs.device)
                 kl[rows, run] = divergence.between(stats, reference, objective.kl.estimator, mask).to(kl)
-    return Anchor(log_probs=log_probs, entropy=None if bool(entropy.isnan().all()) else entropy, means=means, kl=kl)
+    known = None if bool(entropy.isnan().all()) else entropy
+    return Anchor(log_probs=log_probs, entropy=known, means=means, kl=kl, values=values)

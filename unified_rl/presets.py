@@ -70,6 +70,17 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "kl": {"coef": 0.01, "estimator": "k2", "place": "loss"},
         },
     ),
+    "ppo": (
+        "Schulman et al. 2017, Proximal Policy Optimization, arXiv 1707.06347 (its epochs are the recipe's)",
+        {
+            "advantage": "gae",
+            "loss": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "token_mean",
+            "critic": {"gamma": 1.0, "gae_lambda": 0.95, "value_coef": 0.5, "value_clip": 0.2},
+        },
+    ),
     "gdpo": (
         "Liu et al. 2026, GDPO, arXiv 2601.05242",
         {"advantage": "gdpo", "aggregation": "token_mean"},

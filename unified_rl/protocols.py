@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from unified_rl.types import Denoised, Prompt, Segment, StepStats, Trajectory
+from unified_rl.types import Denoised, Prompt, Segment, StepStates, StepStats, Trajectory
 
 
 class Policy(Protocol):
@@ -66,6 +66,33 @@ class DenoisingPolicy(Policy, Protocol):
     def predict(self, name: str, segment: Segment, step: int, seeds: Sequence[int]) -> Denoised:
         """The prediction for the segment's B finished samples, noised to the level of `step` with the noise of B seeds
         (with gradients if they are enabled)."""
+        ...
+
+
+@runtime_checkable
+class WatchedPolicy(Policy, Protocol):
+    """A policy that can show the states of its steps, for a critic."""
+
+    def states(self, name: str, segment: Segment, steps: slice, *, trunk: nn.Module | None = None) -> StepStates:
+        """The states in which steps were drawn; where the policy's own weights compute them, with gradients if they are
+        enabled, and by those of `trunk` if it is given."""
+        ...
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Inside it, `log_prob` also tells `StepStats.states` where that costs no second forward."""
+        ...
+
+    def trunk(self) -> nn.Module:
+        """A trained copy of what computes the states."""
+        ...
+
+
+@runtime_checkable
+class ValuedPolicy(Policy, Protocol):
+    """A policy with a critic: `log_prob` tells `StepStats.values`."""
+
+    def values(self, name: str, segment: Segment, steps: slice) -> Tensor:
+        """[B, s] values of the states in which steps were drawn, in units of the reward."""
         ...
 
 

@@ -31,6 +31,8 @@ class Optimizer(Block):
     """AdamW."""
 
     lr: float = Field(default=1e-5, gt=0)
+    critic_lr: float | None = Field(default=None, gt=0)
+    """Of critics (objective.advantage: gae), with the same warm-up and decay; None: lr."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -142,6 +144,8 @@ class Recipe(Block):
             raise ValueError("evaluation.weights: ema needs the block ema, for instance ema: {decay: 0.99}")
         if self.engine.micro_batch_tokens is not None and self.policy.family == "diffusion":
             raise ValueError("engine.micro_batch_tokens: for language models; a denoiser's rows all cost the same")
+        if self.optimizer.critic_lr is not None and all(part.advantage != "gae" for part in self.objective.values()):
+            raise ValueError("optimizer.critic_lr: there is no critic; leave it out, or say objective.advantage: gae")
         for name, objective in self.objective.items():
             for key, reason in refusals(objective, self.policy.family):
                 raise ValueError(f"objective.{name}.{key}: {reason}")

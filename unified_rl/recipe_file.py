@@ -23,6 +23,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 _OURS = {"all", "DiffusionSampling", "TextSampling", "ImageTokenSampling"}
 """Parts of pydantic's locations that no user wrote: our key for all segments, and the members of a union."""
+PARTS = ("kl", "correction", "critic")
+"""Keys of an objective that are blocks themselves."""
 
 
 class _UniqueLoader(yaml.SafeLoader):
@@ -166,8 +168,7 @@ def _model_type(folder: Path) -> str | None:
 def _resolve_objective(raw: Any) -> dict:
     if not isinstance(raw, dict):
         raise RecipeError("objective: a mapping of keys, or of one block a segment, is needed")
-    blocks = ("kl", "correction")
-    by_segment = bool(raw) and not raw.keys() & {*blocks} and all(isinstance(part, dict) for part in raw.values())
+    by_segment = bool(raw) and not raw.keys() & set(PARTS) and all(isinstance(part, dict) for part in raw.values())
     resolved = {}
     for name, block in (raw if by_segment else {"all": raw}).items():
         where = f"objective.{name}." if by_segment else "objective."
@@ -176,7 +177,7 @@ def _resolve_objective(raw: Any) -> dict:
         if preset is not None and str(preset) not in PRESETS:
             raise RecipeError(f"{where}preset: no preset {preset!r}{nearest(str(preset), list(PRESETS))}")
         filled = dict(PRESETS[preset][1]) if preset else {}
-        for part in blocks:
+        for part in PARTS:
             if isinstance(block.get(part), dict):
                 block = {**block, part: {**filled.get(part, {}), **block[part]}}
         resolved[name] = {**filled, **block}

@@ -8,6 +8,7 @@ from unified_rl.errors import nearest
 from unified_rl.method_rules import METHOD_KINDS, REFERENCE_METHODS
 from unified_rl.objective_rules import GAUSSIAN_LOSSES, LOSS_NAMES
 from unified_rl.recipe_block import Block
+from unified_rl.recipe_critic import Critic
 from unified_rl.recipe_method import MethodBlock
 
 
@@ -44,14 +45,15 @@ class Objective(MethodBlock):
     preset: str | None = None
     advantage: Literal[
         "group_std", "group_mean", "global_std", "rloo", "group_whitened", "batch_whitened", "prompt_std", "gdpo",
-        "pass_k", "uniform", "exponential", "best", "best_worst",
+        "pass_k", "gae", "uniform", "exponential", "best", "best_worst",
     ] = "group_std"  # fmt: skip
     """What a reward is compared with and divided by. Minus the group's mean: over the group's std (GRPO), over nothing
     (Dr.GRPO: group_mean), over the std of all rewards (global_std) or of all centred rewards (group_whitened:
     REINFORCE++ with baseline). rloo: minus the mean of the other members. batch_whitened: mean and std of all rewards
     (REINFORCE++). prompt_std: mean and std of the prompt's past (DDPO). gdpo: each reward over its group's std, summed,
-    then whitened. pass_k: only the best of a group, by its lead. For imitation and pairs: uniform: 1; exponential:
-    exp(reward / temperature) over its group's mean (RWR); best: 1 for the group's best; best_worst: 1 and -1 (DPO)."""
+    then whitened. pass_k: only the best of a group, by its lead. gae: each step by a critic (PPO); see `critic`. For
+    imitation and pairs: uniform: 1; exponential: exp(reward / temperature) over its group's mean (RWR); best: 1 for the
+    group's best; best_worst: 1 and -1 (DPO)."""
     advantage_clip: float | None = Field(default=None, gt=0)
     prompt_buffer: int = Field(default=32, ge=2)
     """prompt_std: how many rewards of a prompt are remembered."""
@@ -78,6 +80,7 @@ class Objective(MethodBlock):
     """Mean over all steps; mean over sequences of their step means; of their step sums; sum over a constant length."""
     kl: KL = KL()
     correction: Correction = Correction()
+    critic: Critic = Critic()
     old_log_probs: Literal["rollout", "recompute"] = "rollout"
     """The ratio's denominator: what the sampler reported, or an evaluation before the first update."""
     off_policy_mask: float | None = Field(default=None, gt=0)

@@ -97,6 +97,16 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepStates:
+    """The states in which s steps of B trajectories were drawn, as a critic sees them."""
+
+    state: Tensor
+    """[B, s, ...]: the last hidden state [H] of tokens, latents [C, ...] of denoising steps."""
+    level: Tensor | None
+    """[B, s] noise level of latents as the schedule's time in [0, 1]; None for tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     """A policy's evaluation of s steps of B trajectories. Gradients flow through every field."""
 
@@ -108,6 +118,10 @@ class StepStats:
     """[B, s, ...] mean of a Gaussian step; None for categorical steps."""
     std: Tensor | None
     """Full standard deviation of the step (sqrt(dt) included), broadcastable against `mean`."""
+    states: StepStates | None = None
+    """While a policy is watched, and where it costs no second forward."""
+    values: Tensor | None = None
+    """[B, s] of a critic, in units of the reward; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

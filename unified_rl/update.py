@@ -8,8 +8,10 @@ from unified_rl.metrics import StepMetrics
 from unified_rl.objectives import kl as divergence
 from unified_rl.objectives.correction import off_policy_keep
 from unified_rl.objectives.policy_gradient import MAX_LOG_RATIO, clip_fractions, policy_loss
+from unified_rl.objectives.value import value_loss
 from unified_rl.protocols import Engine, Policy
 from unified_rl.types import StepStats
+from unified_rl.valuation import Valued
 from unified_rl.windows import Target, Window
 
 
@@ -38,6 +40,9 @@ def window_loss(policy: Policy, window: Window[Target], metrics: StepMetrics, *,
     if first_update:
         metrics.replay_gap = max(metrics.replay_gap, replay_gap(window, stats.log_probs))
     loss = (per_step * target.weights[window.rows, window.steps].to(per_step)).sum()
+    if target.valued is not None and target.value_weights is not None:
+        valued = _value_loss(stats, window, target.valued, target.value_weights, metrics)
+        loss = loss + objective.critic.value_coef * valued
     metrics.loss += float(loss.detach())
     return loss
 
@@ -65,7 +70,7 @@ def _policy_loss(stats: StepStats, window: Window[Target], mask: Tensor, metrics
     target, objective = window.target, window.target.objective
     now = stats.log_probs
     old = target.old_log_probs[window.rows, window.steps].to(now.device)
-    advantages = target.advantages[window.rows].to(now)[:, None].expand_as(now)
+    advantages = target.advantages[window.rows, window.steps].to(now)
     old_kl = step_std = None
     if target.old_means is not None and stats.mean is not None and stats.std is not None:
         old_means = target.old_means[window.rows, window.steps].to(stats.mean)
@@ -108,6 +113,18 @@ def _policy_loss(stats: StepStats, window: Window[Target], mask: Tensor, metrics
     metrics.add("ratio/overflow", (moved.abs() >= MAX_LOG_RATIO).double(), mask)
     metrics.add("ratio/mean", result.ratio, mask)
     return per_step
+
+
+def _value_loss(stats: StepStats, window: Window, valued: Valued, weights: Tensor, metrics: StepMetrics) -> Tensor:
+    """The window's share of the value loss, []."""
+    assert stats.values is not None, "a critic's target without a critic"
+    at = (window.rows, window.steps)
+    old, returns, share = (matrix[at].to(stats.values) for matrix in (valued.values, valued.returns, weights))
+    losses, bounded = value_loss(stats.values, old, returns, window.target.objective.critic.value_clip)
+    loss = (losses * share).sum()
+    metrics.shares["value/loss"] += float(loss.detach())
+    metrics.shares["value/clip_fraction"] += float((bounded * share).sum())
+    return loss
 
 
 def update(policy: Policy, engine: Engine, windows: list[Window], *, first_update: bool) -> dict[str, float]:

@@ -24,6 +24,7 @@ from unified_rl.protocols import Policy
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_objective import Objective
 from unified_rl.types import Rows, Segment
+from unified_rl.valuation import Valued
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,6 @@ class Target:
     entropy_coef: float
     """Of this update: fixed, or as their controllers have them now."""
     advantages: Tensor
-    """[N]."""
     old_log_probs: Tensor
     """The ratio's denominator."""
     old_means: Tensor | None
@@ -50,6 +50,10 @@ class Target:
     """bool: the trained steps of this optimiser step."""
     weights: Tensor
     """Share of each step in the loss; the sum over all processes carries the global denominator."""
+    valued: Valued | None
+    """With a critic: what it is trained towards, ..."""
+    value_weights: Tensor | None
+    """... and the share of each step in its loss, a mean over the steps whose value is trained."""
 
 
 T = TypeVar("T")
@@ -92,6 +96,9 @@ def make_target(
     weights = aggregate.weights(
         mask, objective.aggregation, num_steps=num_steps, num_sequences=num_sequences, max_length=limit
     )
+    advantages = prepared.advantages
+    if advantages.ndim == 1:
+        advantages = advantages[:, None].expand(mask.shape)
     recomputed = anchor is not None and objective.old_log_probs == "recompute"
     return Target(
         name=prepared.name,
@@ -100,13 +107,20 @@ def make_target(
         loss=load_import(objective.loss, "objective.loss") if ":" in objective.loss else objective.loss,
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,
-        advantages=prepared.advantages,
+        advantages=advantages,
         old_log_probs=anchor.log_probs if anchor is not None and recomputed else segment.rollout_log_probs,
         old_means=anchor.means if anchor is not None else None,
         scale=_scale(prepared, mask),
         loss_mask=mask,
         weights=weights,
+        valued=prepared.valued,
+        value_weights=None if prepared.valued is None else _mean_weights(prepared.valued.mask & mask),
     )
+
+
+def _mean_weights(mask: Tensor) -> Tensor:
+    """[N, S]: of a mean over the unmasked steps of all processes."""
+    return mask / max(distributed.sum_over_ranks([float(mask.sum())])[0], 1.0)
 
 
 def _scale(prepared: Prepared, mask: Tensor) -> Tensor | None:

@@ -51,17 +51,33 @@ def train(recipe: str, folder: Path, num_processes: int, overrides: list[str]) -
         [*command, "--output", str(folder), "-n", str(num_processes)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (weights,) = (folder / "checkpoints/step_000002/policy").rglob("*.safetensors")
-    return load_file(weights)
+    files = sorted((folder / "checkpoints/step_000002/policy").rglob("*.safetensors"))
+    return {f"{file.name}/{name}": value for file in files for name, value in load_file(file).items()}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_update_does_not_depend_on_how_the_work_is_cut(recipe: str, tmp_path: Path):
-    trained = {
-        name: train(recipe, tmp_path / name.replace(" ", "_"), *settings) for name, settings in CUTS_OF[recipe].items()
-    }
+    check(recipe, tmp_path, CUTS_OF[recipe])
+
+
+@pytest.mark.parametrize("recipe", ["quickstart_vlm"])
+def test_a_critic_is_trained_alike_by_two_processes_with_zero_2(recipe: str, tmp_path: Path):
+    """GAE, its whitening and the value loss; the second update clips."""
+    ppo = ["objective={preset: ppo}", "epochs=2", "optimizer.critic_lr=1e-3"]
+    critic = {name: (processes, [*keys, *ppo]) for name, (processes, keys) in CUTS.items() if name in WITH_CRITIC}
+    assert any(name.startswith("critic.safetensors/") for name in check(recipe, tmp_path, critic))
+
+
+WITH_CRITIC = ("one window", "two processes, ZeRO-2")
+
+
+def check(recipe: str, folder: Path, cuts: dict[str, tuple[int, list[str]]]) -> set[str]:
+    """Train by each cut and compare all weights; returns their names."""
+    trained = {name: train(recipe, folder / name.replace(" ", "_"), *settings) for name, settings in cuts.items()}
     base = trained.pop("one window")
     scale = max(float(value.abs().max()) for value in base.values())
     for name, weights in trained.items():
         difference = max(float((weights[key] - base[key]).abs().max()) for key in base)
         assert difference / scale <= 1e-6, f"{name}: {difference / scale:.1e}"
+        assert weights.keys() == base.keys()
+    return set(base)

@@ -311,6 +311,7 @@ def test_updates_stop_early_once_the_policy_has_left(tmp_path: Path):
         {"preset": "ddpo", "prompt_min_count": 4, "prompt_buffer": 12, "clip_high": 0.2, "clip_low": 0.2},
         {"kl": {"coef": 0.1, "target": 1e-3, "gain_i": 0.5}, "entropy_target": 0.8, "entropy_step": 0.1},
         {"stop_kl": 1e-3},
+        {"preset": "ppo", "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}},
     ],
 )
 def test_a_resumed_run_goes_on_exactly(tmp_path: Path, objective: dict[str, Any]):
@@ -366,6 +367,19 @@ def test_a_loss_from_a_file(tmp_path: Path):
             {"preset": "gdpo", "kl": {"coef": 0.1, "estimator": "k1", "place": "reward"}},
             Bandit,
             "kl.place: gdpo normalises each reward by itself",
+        ),
+        ({"preset": "rloo", "critic": {"width": 8}}, Bandit, "critic: rloo compares rewards with each other"),
+        (
+            {"preset": "ppo", "ratio": "sequence", "aggregation": "sequence_mean"},
+            Bandit,
+            "ratio: gae has an advantage for each step",
+        ),
+        ({"preset": "ppo", "critic": {"network": "separate"}}, Walker, "critic.network: a denoising step's critic"),
+        ({"preset": "ppo", "critic": {"trunk_gradient": True}}, Walker, "critic.trunk_gradient: a denoising step's"),
+        (
+            {"preset": "ppo", "critic": {"network": "separate", "trunk_gradient": True}},
+            Bandit,
+            "critic.trunk_gradient: for a head on the policy",
         ),
         ({"preset": "ddpo", "prompt_buffer": 4}, Walker, "prompt_min_count: more than prompt_buffer"),
         (

@@ -14,12 +14,14 @@ from unified_rl.data.prompts import PromptSampler
 from unified_rl.engine.local import LocalEngine
 from unified_rl.health import Health
 from unified_rl.memory import Memory
+from unified_rl.policies.critic import add_critics
+from unified_rl.recipe import Recipe
 from unified_rl.recipe_file import parse_recipe
 from unified_rl.rewards import reward_of
 from unified_rl.snapshots import Snapshots
 from unified_rl.tracking import QuietConsole, RunFolder
 from unified_rl.transitions import gaussian
-from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
+from unified_rl.types import Completion, Prompt, Segment, StepStates, StepStats, Trajectory
 
 
 class _Toy:
@@ -41,6 +43,13 @@ class _Toy:
             yield
         finally:
             self._now = self.module.weight
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        yield
+
+    def trunk(self) -> nn.Module:
+        raise TypeError("a toy's states are computed by no trunk")
 
     def save(self, directory: Path) -> None:
         torch.save(self.module.state_dict(), directory / "toy.pt")
@@ -81,6 +90,16 @@ class Bandit(_Toy):
         log_probs = self._now.log_softmax(0)
         entropy = -(log_probs.exp() * log_probs).sum().expand(tokens.shape)
         return StepStats(log_probs=log_probs[tokens][:, steps], entropy=entropy[:, steps], mean=None, std=None)
+
+    def states(self, name: str, segment: Segment, steps: slice, *, trunk: nn.Module | None = None) -> StepStates:
+        """Which step it is, and the share of arm 0 so far."""
+        tokens = segment.actions["tokens"]
+        assert isinstance(tokens, Tensor)
+        num_rows, num_steps = tokens.shape
+        zeros = (tokens == 0).float()
+        place = torch.eye(num_steps).expand(num_rows, -1, -1)
+        state = torch.cat([place, (zeros.cumsum(1) - zeros)[..., None] / num_steps], dim=2)
+        return StepStates(state=state[:, steps], level=None)
 
 
 class Walker(_Toy):
@@ -126,6 +145,14 @@ class Walker(_Toy):
         std = self._std.reshape(1, 1, 1).expand(1, means.shape[1], 1)
         return StepStats(log_probs=torch.stack(columns, dim=1), entropy=None, mean=means, std=std)
 
+    def states(self, name: str, segment: Segment, steps: slice, *, trunk: nn.Module | None = None) -> StepStates:
+        """Where it is, and how much of the walk is left."""
+        states = segment.actions["states"]
+        assert isinstance(states, Tensor)
+        num_rows, num_steps = len(states), states.shape[1] - 1
+        level = 1.0 - torch.arange(num_steps).expand(num_rows, -1) / num_steps
+        return StepStates(state=states[:, :-1][:, steps], level=level[:, steps])
+
 
 def zeros_chosen(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
     """Share of the tokens that are arm 0."""
@@ -154,6 +181,7 @@ def build_parts(folder: Path, policy: Any, **changes: Any) -> Parts:
     }
     recipe = parse_recipe(raw, folder)
     rows = [{"prompt": name} for name in "abc"]
+    policy = with_critics(policy, recipe)
     sampler = PromptSampler(
         rows, seed=recipe.seed, group_size=recipe.group_size, prompts_per_step=recipe.prompts_per_step
     )
@@ -173,9 +201,17 @@ def build_parts(folder: Path, policy: Any, **changes: Any) -> Parts:
     )
 
 
+def with_critics(policy: Any, recipe: Recipe) -> Any:
+    """The toy as `assemble` would give it to the trainer."""
+    if any(objective.advantage == "gae" for objective in recipe.objective.values()):
+        return add_critics(policy, recipe, [Prompt(text="a", images=(), columns={}, group_id=0, seed=0)])
+    return policy
+
+
 def again(parts: Parts, folder: Path, policy: Any) -> Parts:
     """The same run in the same folder with a fresh policy, engine and memory, as after a crash."""
     parts.run.close()
+    policy = with_critics(policy, parts.recipe)
     engine = LocalEngine(policy.module, parts.recipe.optimizer, num_steps=parts.recipe.num_steps)
     return replace(
         parts,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from unified_rl.checkpoint import CheckpointError
 from unified_rl.engine import distributed
-from unified_rl.engine.optimizer import build_optimizer, clipped_step, lr_at, trained_parameters
+from unified_rl.engine.optimizer import build_optimizer, clipped_step, lr_at, set_lr, trained_parameters
 from unified_rl.recipe import Optimizer
 
 # Said instead of detected, because detecting it on CPU prints a warning.
@@ -108,7 +108,9 @@ class DeepSpeedEngine:
         self.module = module
         self._comm_bytes = 0.0
         if zero_stage == 3:
-            module.register_forward_pre_hook(self._count_gather)
+            # A policy and its critic are called by themselves, never the module that holds both.
+            for called in module.children() if isinstance(module, nn.ModuleDict) else [module]:
+                called.register_forward_pre_hook(self._count_gather)
 
     def _set_step(self, step: int) -> None:
         self._step = step
@@ -152,8 +154,7 @@ class DeepSpeedEngine:
         return clipped_step(self._adam, self._trained, self.lr, self._settings.max_grad_norm)
 
     def _sharded_step(self) -> float:
-        for group in self._zero.param_groups:
-            group["lr"] = self.lr
+        set_lr(self._zero, self.lr)
         if self._stage == 1:
             # Stage 1 leaves out what has no gradient; left out on one rank only, the ranks' buckets would not match.
             for parameter in self._trained:

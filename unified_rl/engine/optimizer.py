@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,27 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return trained
 
 
+CRITIC = ("critics.", "trunks.")
+"""Beginnings of the names of a critic's parameters."""
+
+
 def build_optimizer(module: nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, one group, the same weight decay for all of them.
+    """AdamW over the trained parameters, the same weight decay for all of them; a critic's are a group of their own.
+
+    A group's `lr_factor` times the run's learning rate is its own.
 
     Raises:
         RecipeError: see `trained_parameters`.
     """
+    trained = trained_parameters(module)
+    critic = [parameter for name, parameter in trained.items() if name.startswith(CRITIC)]
+    policy = [parameter for name, parameter in trained.items() if not name.startswith(CRITIC)]
+    factor = 1.0 if optimizer.critic_lr is None else optimizer.critic_lr / optimizer.lr
+    groups: list[dict[str, Any]] = [{"params": policy, "lr_factor": 1.0}]
+    if critic:
+        groups.append({"params": critic, "lr_factor": factor})
     return torch.optim.AdamW(
-        trained_parameters(module).values(),
+        groups,
         lr=optimizer.lr,
         betas=optimizer.betas,
         eps=optimizer.eps,
@@ -61,6 +75,12 @@ def lr_at(step: int, num_steps: int, optimizer: Optimizer) -> float:
     return optimizer.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its learning rate, `lr` being the run's."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
 def clipped_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], lr: float, max_norm: float) -> float:
     """Clip the gradients to `max_norm`, update with `lr`, drop the gradients; returns the norm before clipping.
 
@@ -72,8 +92,7 @@ def clipped_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor],
             parameter.grad = torch.zeros_like(parameter)
     norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
     if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(optimizer, lr)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

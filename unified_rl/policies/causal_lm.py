@@ -31,14 +31,15 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from unified_rl.errors import RecipeError
 from unified_rl.policies.categorical_head import CategoricalHead, processors, score
-from unified_rl.policies.frozen_tower import remember
+from unified_rl.policies.frozen_tower import find_towers, remember
+from unified_rl.policies.hidden_states import catching, of_completions
 from unified_rl.policies.lora import lora_config, select_trained
 from unified_rl.policies.memo import Memo
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.teacher_forcing import can_share, plain_logits, shared_logits
 from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds
 from unified_rl.recipe_policy import PolicyBlock, TextSampling
-from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
+from unified_rl.types import Completion, Prompt, Segment, StepStates, StepStats, Trajectory
 
 SEGMENT = "text"
 VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder|vqmodel)\.")
@@ -103,7 +104,7 @@ class CausalLMPolicy:
         for each in (model, *([] if self._reference is None else [self._reference])):
             remember(each, memo)  # a frozen copy's tower has the same weights
         self._active: Any = model
-        self._in_reference = False
+        self._in_reference = self._watched = False
         self.shares_prefill = can_share_prefill(model)
         """Whether a group's prompt is computed once. False gives the plain path: slower, the same numbers."""
 
@@ -212,25 +213,60 @@ class CausalLMPolicy:
             self._score([inputs[row] for row in kind], [tokens[row] for row in kind], num_steps) for kind in groups
         ]
         order = torch.tensor([row for kind in groups for row in kind]).argsort().to(self._device)
-        log_probs = torch.cat([log_probs for log_probs, _ in parts])[order]
-        entropies = [entropy for _, entropy in parts if entropy is not None]
+        log_probs, entropies, states = (
+            None if column[0] is None else torch.cat(column)[order][:, start:stop]
+            for column in zip(*parts, strict=True)
+        )
+        assert log_probs is not None
         return StepStats(
-            log_probs=log_probs[:, start:stop],
-            entropy=torch.cat(entropies)[order][:, start:stop] if entropies else None,
+            log_probs=log_probs,
+            entropy=entropies,
             mean=None,
             std=None,
+            states=None if states is None else StepStates(state=states, level=None),
         )
 
-    def _score(self, rows: list[Inputs], completions: list[Tensor], num_steps: int) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and entropy [B, num_steps] of rows of one kind, 0 beyond their completions."""
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside it, `log_prob` also tells the states of its steps: the model's last hidden states."""
+        self._watched = True
+        try:
+            yield
+        finally:
+            self._watched = False
+
+    def states(self, name: str, segment: Segment, steps: slice, *, trunk: nn.Module | None = None) -> StepStates:
+        """The last hidden state [B, s, H] in which each step was drawn, of the model or of a `trunk` in its place."""
+        active, self._active = self._active, self._active if trunk is None else trunk
+        try:
+            with self.watched():
+                states = self.log_prob(name, segment, steps).states
+        finally:
+            self._active = active
+        assert states is not None
+        return states
+
+    def trunk(self) -> nn.Module:
+        """A copy of the model as it is now, trained where the model is."""
+        trunk = copy.deepcopy(self.module)
+        for tower in find_towers(trunk):
+            tower.__dict__.pop("forward", None)  # the memo's, which runs the original tower
+        remember(trunk, Memo())
+        return trunk
+
+    def _score(
+        self, rows: list[Inputs], completions: list[Tensor], num_steps: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs, entropy and, if watched, states [B, num_steps, ...] of rows of one kind, 0 beyond completions."""
         length = max(len(row) for row in completions)
         tokens = torch.stack([pad(row, (0, length - len(row)), value=self._inputs.pad_id) for row in completions])
         tokens = tokens.to(self._device)
         lengths = torch.tensor([len(row) for row in completions], device=self._device)
         masked = torch.arange(length, device=self._device) >= lengths[:, None]
         settings = self._settings[False]
+        logits, states = self._completion_logits(rows, tokens)
         log_probs, entropy = score(
-            self._completion_logits(rows, tokens),
+            logits,
             tokens,
             self._chain(settings),
             settings.temperature,
@@ -238,7 +274,8 @@ class CausalLMPolicy:
         )
         fill = (0, num_steps - length)
         entropy = entropy if entropy is None else pad(entropy.masked_fill(masked, 0.0), fill)
-        return pad(log_probs.masked_fill(masked, 0.0), fill), entropy
+        states = states if states is None else pad(states, (0, 0, *fill))
+        return pad(log_probs.masked_fill(masked, 0.0), fill), entropy, states
 
     @property
     def _entropy_mode(self) -> str:
@@ -281,12 +318,19 @@ class CausalLMPolicy:
         saved = type(model).from_pretrained(directory, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
 
-    def _completion_logits(self, rows: list[Inputs], tokens: Tensor) -> Tensor:
-        """[B, S, V] logits that predicted `tokens` [B, S], in the model's dtype."""
+    def _completion_logits(self, rows: list[Inputs], tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, S, V] logits that predicted `tokens` [B, S], in the model's dtype, and if watched [B, S, H] the hidden
+        states behind them."""
         unique, owner = distinct(rows)
-        if self.shares_prefill and len(unique) < len(rows) and can_share(self._active):
-            return shared_logits(self._active, self._inputs.collate(unique, self._device), unique, owner, tokens)
-        return plain_logits(self._active, self._inputs.collate(rows, self._device), rows, tokens)
+        shared = self.shares_prefill and len(unique) < len(rows) and can_share(self._active)
+        with catching(self._active, self._watched) as caught:
+            if shared:
+                batch = self._inputs.collate(unique, self._device)
+                logits = shared_logits(self._active, batch, unique, owner, tokens)
+            else:
+                logits = plain_logits(self._active, self._inputs.collate(rows, self._device), rows, tokens)
+        states = of_completions(caught, owner if shared else None, tokens.shape[1]) if caught else None
+        return logits, states
 
     def _chain(self, settings: TextSampling) -> LogitsProcessorList:
         return processors(settings, self._suppressed, self._device)

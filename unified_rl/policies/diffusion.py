@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from unified_rl.policies.bypass import bypassing, recording
 from unified_rl.policies.denoising import PredictPass, first_latents
+from unified_rl.policies.latent_states import StartPass, latent_states
 from unified_rl.policies.lora import lora_config, select_trained
 from unified_rl.policies.memo import Memo
 from unified_rl.policies.noise_plan import group_seed, noisy_steps, shares_initial_noise, stored_steps
@@ -39,7 +40,7 @@ from unified_rl.policies.scheduler_head import (
     stochastic_scheduler,
 )
 from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
-from unified_rl.types import Completion, Denoised, Prompt, Segment, StepStats, Trajectory
+from unified_rl.types import Completion, Denoised, Prompt, Segment, StepStates, StepStats, Trajectory
 
 SEGMENT = "image"
 DENOISERS = ("transformer", "unet", "prior", "dit", "decoder")
@@ -216,6 +217,30 @@ class DiffusionPolicy:
         with self._pass(tape, bypass, prompts, self._settings[False], None), suppress(LoopLeft):
             self._call(prompts, self._settings[False], **start)
         return tape.denoised(type(self._pipeline).__name__)
+
+    def states(self, name: str, segment: Segment, steps: slice, *, trunk: nn.Module | None = None) -> StepStates:
+        """The latents in which each step was drawn, and their noise levels; see `latent_states`."""
+        assert name == SEGMENT and trunk is None, "latents are computed by no trunk"
+        tape = StartPass()
+        prompts: Sequence[Prompt] = segment.actions["prompts"]  # type: ignore[assignment]
+        templates: list[list[Any]] = segment.actions["templates"][0]  # type: ignore[assignment]
+        bypass = bypassing(tape, templates, len(prompts))
+        settings = self._settings[False]
+        with torch.no_grad(), self._pass(tape, bypass, prompts, settings, []), suppress(LoopLeft):
+            self._call(prompts, settings)
+        return latent_states(type(self._pipeline).__name__, tape, segment, steps, self._pipeline.scheduler)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Nothing to watch: `states` needs no forward of the denoiser."""
+        yield
+
+    def trunk(self) -> nn.Module:
+        """
+        Raises:
+            TypeError: always; latents are what they are.
+        """
+        raise TypeError("latents are computed by no trunk")
 
     def _check_gradient(self, tape: ReplayPass) -> None:
         """Refuse a pipeline that cuts the graph between its denoiser and its scheduler."""
