@@ -12,6 +12,7 @@ from families.toolkit import Family
 from PIL import Image
 from transformers import PreTrainedModel
 
+from unified_rl.errors import RecipeError
 from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.policies.frozen_tower import find_towers
 from unified_rl.recipe_policy import Adapter, PolicyBlock, TextSampling
@@ -253,6 +254,30 @@ def test_pictures_change_what_is_said(name: str):
     swapped = replace(rows, actions={**rows.actions, "inputs": seen})
     changed = policy.log_prob("text", swapped, slice(None)).log_probs - rows.rollout_log_probs
     assert changed.abs().max() > 10 * TOLERANCE
+
+
+def test_videos_are_seen_and_shared_like_pictures():
+    """Groups with a video, with a picture, and with neither, in one batch."""
+    policy = policy_of("qwen2_vl")
+    frames = [picture(number).resize((56, 56)) for number in range(4)]
+    batch = prompts((0, 1, 0))
+    batch[:3] = [replace(prompt, columns={"video": frames}) for prompt in batch[:3]]
+    segment = policy.sample(batch).segments["text"]
+    assert "pixel_values_videos" in segment.actions["inputs"][0] and "pixel_values" in segment.actions["inputs"][3]
+    stats = policy.log_prob("text", segment, slice(None))
+    assert (stats.log_probs - segment.rollout_log_probs).abs().max() <= TOLERANCE
+    backwards = [replace(prompt, columns={"video": frames[::-1]}) for prompt in batch[:3]]
+    seen = policy._inputs.prepare_all(backwards, policy._settings[False])
+    swapped = replace(segment.rows(slice(0, 3)), actions={**segment.rows(slice(0, 3)).actions, "inputs": seen})
+    changed = policy.log_prob("text", swapped, slice(None)).log_probs - segment.rollout_log_probs[:3]
+    assert changed.abs().max() > 10 * TOLERANCE, "the order of frames counts"
+
+
+def test_a_video_for_a_model_without_videos_is_refused():
+    policy = policy_of("idefics3")
+    batch = [replace(prompt, columns={"video": [picture(0)]}) for prompt in prompts((1,))]
+    with pytest.raises(RecipeError, match=r"data: the column video, but .* takes no videos"):
+        policy.sample(batch)
 
 
 @pytest.mark.parametrize("sampling", WARPERS, ids=str)

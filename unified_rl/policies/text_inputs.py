@@ -56,13 +56,19 @@ class TextInputs:
                 refuses the combination of text and pictures.
         """
         text, templated = self.render(prompt, settings)
-        images = {"images": [[_loaded(image) for image in prompt.images]]} if prompt.images else {}
+        media: dict[str, Any] = {"images": [[_loaded(image) for image in prompt.images]]} if prompt.images else {}
+        videos = _videos(prompt)
+        if videos:
+            if self.processor is self.tokenizer or "video_processor" not in self.processor.get_attributes():
+                raise RecipeError(f"data: the column video, but {type(self.processor).__name__} takes no videos")
+            media["videos"] = [[[_loaded(frame) for frame in video] for video in videos]]
         try:
-            inputs = self.processor(text=[text], **images, return_tensors="pt", add_special_tokens=not templated)
+            inputs = self.processor(text=[text], **media, return_tensors="pt", add_special_tokens=not templated)
         except (ValueError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise RecipeError(
-                f"data: the processor refuses a prompt with {len(prompt.images)} pictures ({text[:60]!r}...): {reason}"
+                f"data: the processor refuses a prompt with {len(prompt.images)} pictures and {len(videos)} videos "
+                f"({text[:60]!r}...): {reason}"
             ) from error
         length = inputs["input_ids"].shape[1]
         if settings.max_prompt_tokens is not None and length > settings.max_prompt_tokens:
@@ -81,9 +87,9 @@ class TextInputs:
             return prompt.text, False
         messages = prompt.text
         if isinstance(messages, str):
-            pictures = [{"type": "image"} for _ in prompt.images]
-            content: Any = [*pictures, {"type": "text", "text": messages}] if pictures else messages
-            if not pictures and self.processor is not self.tokenizer:
+            seen = [*({"type": "image"} for _ in prompt.images), *({"type": "video"} for _ in _videos(prompt))]
+            content: Any = [*seen, {"type": "text", "text": messages}] if seen else messages
+            if not seen and self.processor is not self.tokenizer:
                 content = [{"type": "text", "text": messages}]
             messages = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), True
@@ -99,6 +105,11 @@ class TextInputs:
                 parts = [_left_padded(part, longest, fill) for part in parts]
             batch[name] = torch.cat(_padded(parts)).to(device)
         return batch
+
+
+def _videos(prompt: Prompt) -> list[list[Any]]:
+    """The videos that a prompt shows, each a list of its frames (PIL): the dataset's column `video`."""
+    return [prompt.columns["video"]] if prompt.columns.get("video") else []
 
 
 def kinds(rows: Sequence[Inputs]) -> list[list[int]]:

@@ -52,12 +52,14 @@ def tokenizer(named: Mapping[str, str] | None = None, specials: tuple[str, ...] 
     return fast
 
 
-def template(picture: str) -> str:
-    """A chat template that writes `picture` where a message holds a picture."""
+def template(picture: str, video: str = "") -> str:
+    """A chat template that writes `picture` where a message holds a picture, and `video` where it holds a video."""
     return (
         "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
         + picture
+        + "{% elif part['type'] == 'video' %}"
+        + video
         + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}.{% endif %}"
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import transformers as hf
 from torch import nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -43,10 +44,30 @@ SQUARE = {"height": 28, "width": 28}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 
 
+class FrameProcessor:
+    """In the place of the library's video processors, which need torchvision: two frames a patch, as Qwen-VL has it."""
+
+    def __init__(self, pictures: Qwen2VLImageProcessorPil) -> None:
+        self._pictures, self.merge_size = pictures, pictures.merge_size
+        self.model_input_names = ["pixel_values_videos", "video_grid_thw"]
+
+    def __call__(self, videos: Any, **_: Any) -> dict[str, Any]:
+        patches, grids = [], []
+        for frames in (video for row in videos for video in row):
+            found = [self._pictures(frame, return_tensors="pt") for frame in frames]
+            cells = [each["pixel_values"].unflatten(1, (3, 2, -1)) for each in found]  # [patches, RGB, 2 times, pixels]
+            pairs = zip(cells[::2], cells[1::2], strict=True)
+            patches += [torch.stack([first[:, :, 0], then[:, :, 1]], dim=2).flatten(1) for first, then in pairs]
+            grids.append(found[0]["image_grid_thw"][0] * torch.tensor([len(frames) // 2, 1, 1]))
+        return {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.stack(grids)}
+
+
 class WithoutVideo:
     """A processor whose video half is missing: the library's video processors need torchvision."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        if isinstance(argument, FrameProcessor):
+            return FrameProcessor
         return type(None) if argument is None else super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
 
 
@@ -109,8 +130,8 @@ def qwen(name: str) -> tuple[Any, Any]:
         model = hf.Qwen3VLForConditionalGeneration(config)
     pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56}, patch_size=14)
     kind = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}[name]
-    chat = template("<|vision_start|><|image_pad|><|vision_end|>")
-    return model, kind(pictures, words, None, chat_template=chat)
+    chat = template("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
+    return model, kind(pictures, words, FrameProcessor(pictures) if name == "qwen2_vl" else None, chat_template=chat)
 
 
 def glm4v() -> tuple[Any, Any]:
