@@ -1,5 +1,6 @@
 """What a run is made of, loaded from its recipe."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from unified_rl.health import Health
 from unified_rl.memory import Memory
 from unified_rl.policies import build_policy, check_rows
 from unified_rl.policies.critic import add_critics
-from unified_rl.protocols import Console, Engine, Policy
+from unified_rl.protocols import Console, EncodesAhead, Engine, Policy
 from unified_rl.recipe import Recipe
 from unified_rl.rewards import LoadedReward, load_rewards
 from unified_rl.snapshots import Snapshots
@@ -53,6 +54,8 @@ def assemble(recipe: Recipe, run: Run) -> Parts:
     exam = load_exam(recipe)
     torch.manual_seed(recipe.seed)  # adapters are initialised at random
     policy = build_policy(recipe, distributed.device())
+    if isinstance(policy, EncodesAhead):
+        policy.encode_ahead(itertools.chain(sampler.every_prompt(), exam))
     if any(objective.advantage == "gae" for objective in recipe.objective.values()):
         policy = add_critics(policy, recipe, sampler.rollout(0, rank=0, world_size=1)[:1])
     engine = build_engine(policy.module, recipe, num_steps=recipe.num_steps)

@@ -60,6 +60,7 @@ def _check_policy(recipe: Recipe) -> None:
         except re.error as error:
             raise RecipeError(f"policy.train: {pattern!r} is no regular expression: {error}") from error
     if not isinstance(sampling, DiffusionSampling):
+        _check_savings(recipe)
         return
     if sampling.noise_level == 0 and any("steps" in part.kinds for part in recipe.objective.values()):
         raise RecipeError(
@@ -72,6 +73,17 @@ def _check_policy(recipe: Recipe) -> None:
             f"objective.train_steps: {steps} is more than policy.sampling.num_inference_steps ="
             f" {sampling.num_inference_steps}"
         )
+
+
+def _check_savings(recipe: Recipe) -> None:
+    """A model that is no pipeline has no parts to switch off or compile one by one."""
+    policy = recipe.policy
+    given = {f"memory.{key}": getattr(policy.memory, key) for key in policy.memory.model_fields_set}
+    for key, value in {**given, "compile": policy.compile}.items():
+        if key != "memory.gradient_checkpointing" and value not in (False, None, "keep"):
+            raise RecipeError(
+                f"policy.{key}: is for diffusers pipelines; memory.gradient_checkpointing is for all models"
+            )
 
 
 def _check_engine(recipe: Recipe) -> None:

@@ -96,6 +96,13 @@ class ValuedPolicy(Policy, Protocol):
         ...
 
 
+@runtime_checkable
+class EncodesAhead(Protocol):
+    """A policy that may want to see all prompts before the first one is drawn."""
+
+    def encode_ahead(self, prompts: Iterable[Prompt]) -> None: ...
+
+
 class Reward(Protocol):
     """TRL's convention: one score per completion; None or NaN excludes the sample."""
 

@@ -138,6 +138,22 @@ IMAGE_TOKEN_MODELS = ("janus", "emu3")
 """`model_type` of the transformers models that draw; to train one of them to answer, say family: causal_lm."""
 
 
+class Savings(Block):
+    """Less memory for the same numbers; docs/memory.md says what each one saves and costs."""
+
+    gradient_checkpointing: bool = False
+    """Keep only each block's inputs for the backward pass and compute its activations again there."""
+    text_encoders: Literal["keep", "offload", "drop"] = "keep"
+    """A pipeline's, whose encodings are remembered. offload: on the CPU except while they encode. drop: all prompts of
+    `data` are encoded before the run, then their weights are freed."""
+    vae_slicing: bool = False
+    """The VAE takes one picture at a time."""
+    vae_tiling: bool = False
+    """The VAE takes one tile of a large picture at a time; tiles are blended, so pictures differ a little."""
+    decode_batch: int | None = Field(default=None, ge=1)
+    """Samples that are decoded at once; None: all of a rollout batch."""
+
+
 class PolicyBlock(Block):
     """The model to train."""
 
@@ -151,6 +167,9 @@ class PolicyBlock(Block):
     attention: str | None = None
     """Attention implementation by the library's own name (transformers: eager, sdpa, flash_attention_2...; diffusers:
     native, _native_math, flash...). None: the library's choice."""
+    compile: bool = False
+    """Compile the repeated blocks of a pipeline's denoiser (torch.compile, where diffusers offers it)."""
+    memory: Savings = Savings()
     adapter: Adapter = Adapter()
     train: list[str] | None = None
     """Regular expressions on parameter names: only matching parameters are trained. None: the family's default."""

@@ -4,7 +4,7 @@ with exactly the prompts that an uninterrupted one would have seen, whatever the
 import functools
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -67,6 +67,11 @@ class PromptSampler:
             seed = _hashed_seed("rollout", self._seed, index, member)
             prompts.append(_prompt(opened[row], group_id=group, seed=seed))
         return prompts
+
+    def every_prompt(self) -> Iterator[Prompt]:
+        """Each row once, in no rollout."""
+        for index, row in enumerate(self._rows):
+            yield _prompt(_opened(row, index), group_id=index, seed=0)
 
     def _row_at(self, position: int) -> int:
         """The row at a position of the endless stream."""

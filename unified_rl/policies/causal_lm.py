@@ -9,7 +9,7 @@ computed once where the model's cache allows it.
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from unified_rl.policies.frozen_tower import find_towers, remember
 from unified_rl.policies.hidden_states import catching, of_completions
 from unified_rl.policies.lora import lora_config, select_trained
 from unified_rl.policies.memo import Memo
+from unified_rl.policies.savings import recomputing
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.teacher_forcing import can_share, plain_logits, shared_logits
 from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds
@@ -100,6 +101,9 @@ class CausalLMPolicy:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(block.train is not None or VISION.search(name) is None)
         select_trained(model, block.train)
+        self._checkpointing = block.memory.gradient_checkpointing
+        if self._checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
         memo = Memo()
         for each in (model, *([] if self._reference is None else [self._reference])):
             remember(each, memo)  # a frozen copy's tower has the same weights
@@ -264,7 +268,8 @@ class CausalLMPolicy:
         lengths = torch.tensor([len(row) for row in completions], device=self._device)
         masked = torch.arange(length, device=self._device) >= lengths[:, None]
         settings = self._settings[False]
-        logits, states = self._completion_logits(rows, tokens)
+        with recomputing(self._active) if self._checkpointing and torch.is_grad_enabled() else nullcontext():
+            logits, states = self._completion_logits(rows, tokens)
         log_probs, entropy = score(
             logits,
             tokens,

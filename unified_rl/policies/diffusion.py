@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unified_rl.policies import savings
 from unified_rl.policies.bypass import bypassing, recording
 from unified_rl.policies.denoising import PredictPass, first_latents
+from unified_rl.policies.encoders import Encoders
 from unified_rl.policies.latent_states import StartPass, latent_states
 from unified_rl.policies.lora import lora_config, select_trained
-from unified_rl.policies.memo import Memo
 from unified_rl.policies.noise_plan import group_seed, noisy_steps, shares_initial_noise, stored_steps
 from unified_rl.policies.pipeline_call import call_arguments, rows_of
 from unified_rl.policies.scheduler_head import (
@@ -104,9 +104,8 @@ class DiffusionPolicy:
                 self._reference = copy.deepcopy(self.module)
             self.module.requires_grad_(True)
         select_trained(self.module, block.train)
-        self._memo = Memo()
-        self._seeds: list[int] = []
-        self._memoise_encoders()
+        savings.apply(pipeline, self.module, block)
+        self._encoders = Encoders(pipeline, block.memory.text_encoders)
 
     @classmethod
     def load(
@@ -242,6 +241,22 @@ class DiffusionPolicy:
         """
         raise TypeError("latents are computed by no trunk")
 
+    def encode_ahead(self, prompts: Iterable[Prompt]) -> None:
+        """Encode prompts that will come and, if the recipe says so, free the text encoders' memory then."""
+        if self._block.memory.text_encoders != "drop":
+            return
+        with torch.no_grad(), self._encoders.alone():
+            for prompt in prompts:
+                self._encoders.seeds = [prompt.seed]
+                for settings in self._settings.values():
+                    with suppress(LoopLeft):
+                        self._call([prompt], settings)
+        self._encoders.drop()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.module.device
+
     def _check_gradient(self, tape: ReplayPass) -> None:
         """Refuse a pipeline that cuts the graph between its denoiser and its scheduler."""
         if not any(log_prob.requires_grad for log_prob in tape.log_probs):
@@ -296,7 +311,7 @@ class DiffusionPolicy:
             {**self._call_defaults, **settings.call, "num_inference_steps": settings.num_inference_steps, **more},
         )
         if "generator" in arguments:
-            arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self._seeds]
+            arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self._encoders.seeds]
         # Without the pipeline's torch.no_grad: sampling brings its own, scoring wants gradients.
         return inspect.unwrap(type(self._pipeline).__call__)(self._pipeline, **arguments)
 
@@ -312,12 +327,12 @@ class DiffusionPolicy:
         """Drive the loop by `tape`, the denoiser's forward wrapped by `denoise`."""
         module = getattr(self._pipeline, self._name)
         self._head.begin(tape, noise_level=settings.noise_level, noisy=noisy)
-        self._seeds = self._noise_seeds(prompts, settings)
+        self._encoders.seeds = self._noise_seeds(prompts, settings)
         module.forward = functools.wraps(module.forward)(functools.partial(denoise, module.forward))
-        devices = [self._pipeline.device] if self._pipeline.device.type == "cuda" else []
+        devices = [self._device] if self._device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
-                torch.manual_seed(self._seeds[0])
+                torch.manual_seed(self._encoders.seeds[0])
                 before = torch.get_rng_state()
                 yield
                 if len(prompts) > 1 and not torch.equal(before, torch.get_rng_state()):
@@ -328,40 +343,6 @@ class DiffusionPolicy:
         finally:
             del module.forward  # the instance's; the class's own comes back
             self._head.current = None
-
-    def _memoise_encoders(self) -> None:
-        """Remember prompt encodings by row, and other frozen encoders' results by content."""
-        pipeline, memo = self._pipeline, self._memo
-        if hasattr(pipeline, "encode_prompt"):
-            encode_prompt = pipeline.encode_prompt
-
-            @functools.wraps(encode_prompt)
-            def remembered(*args, **kwargs):
-                prompt = args[0] if args else kwargs.get("prompt")
-                num_rows = len(prompt) if isinstance(prompt, list) else 0
-                return memo.by_row("encode_prompt", encode_prompt, args, kwargs, num_rows)
-
-            pipeline.encode_prompt = remembered
-        for name, component in pipeline.components.items():
-            method = {"image_encoder": "forward", "vae": "encode"}.get(name)
-            if method is not None and isinstance(component, nn.Module):
-                original: Callable = getattr(component, method)
-                whole = functools.partial(self._remember_whole, name, original)
-                setattr(component, method, functools.wraps(original)(whole))
-
-    def _remember_whole(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """A frozen encoder's result by content; a VAE's draw without a generator comes from the rows' own seeds."""
-        result = self._memo.whole(name, function, args, kwargs)
-        distribution = getattr(result, "latent_dist", None)
-        if isinstance(distribution, DiagonalGaussianDistribution) and len(distribution.mean) % len(self._seeds) == 0:
-            draw: Callable = functools.partial(type(distribution).sample, distribution)
-            seeds = self._seeds * (len(distribution.mean) // len(self._seeds))  # guidance doubles the rows
-
-            def sample(generator: Any = None) -> Tensor:
-                return draw(generator or [torch.Generator().manual_seed(seed) for seed in seeds])
-
-            distribution.sample = sample  # type: ignore[method-assign]
-        return result
 
 
 def _denoiser_name(pipeline: Any) -> str:
