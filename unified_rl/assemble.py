@@ -17,6 +17,7 @@ from unified_rl.policies import build_policy, check_rows
 from unified_rl.policies.critic import add_critics
 from unified_rl.protocols import Console, EncodesAhead, Engine, Policy
 from unified_rl.recipe import Recipe
+from unified_rl.reward_gradients import DifferentiableReward, load_differentiable
 from unified_rl.rewards import LoadedReward, load_rewards
 from unified_rl.snapshots import Snapshots
 from unified_rl.tracking import Run, make_console
@@ -37,6 +38,8 @@ class Parts:
     run: Run
     console: Console
     memory: Memory
+    differentiable: Sequence[DifferentiableReward] = ()
+    """Rewards whose gradient is trained on."""
     health: Health
 
 
@@ -58,6 +61,7 @@ def assemble(recipe: Recipe, run: Run) -> Parts:
         policy.encode_ahead(itertools.chain(sampler.every_prompt(), exam))
     if any(objective.advantage == "gae" for objective in recipe.objective.values()):
         policy = add_critics(policy, recipe, sampler.rollout(0, rank=0, world_size=1)[:1])
+    by_gradient = any("reward" in objective.kinds for objective in recipe.objective.values())
     engine = build_engine(policy.module, recipe, num_steps=recipe.num_steps)
     return Parts(
         recipe=recipe,
@@ -70,5 +74,6 @@ def assemble(recipe: Recipe, run: Run) -> Parts:
         run=run,
         console=make_console(distributed.rank() > 0, recipe.num_steps),
         memory=Memory(recipe),
+        differentiable=load_differentiable(recipe.rewards, str(distributed.device())) if by_gradient else (),
         health=Health(recipe),
     )

@@ -9,6 +9,7 @@ METHOD_MEANINGS = {
     "awm": "clipped ratio of denoising errors, weighted by advantages",
     "sft": "imitation of samples, as much as their advantage says",
     "dpo": "preference of the group's best to its worst, against the reference",
+    "reward_gradient": "gradient of differentiable rewards through the picture and the last steps",
     "dgpo": "advantage-weighted denoising errors, weighed by group against the reference",
 }
 
@@ -41,4 +42,6 @@ def _used_keys(objective: Objective, method: str) -> list[str]:
         keys.append("old_weights")
     if objective.train_steps is not None and method != "policy_gradient":
         keys.append("train_steps")
+    if method == "reward_gradient":
+        return [f"{key} {value}" for key, value in objective.reward_gradient.model_dump(exclude_none=True).items()]
     return [f"{key} {getattr(objective, key)}" for key in keys]

@@ -57,5 +57,21 @@ METHOD_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "Wallace et al. 2023, Diffusion-DPO, arXiv 2311.12908 (beta 2000 on errors that are means over dims)",
         {"method": "dpo", "advantage": "best_worst", "pair_coef": 2000.0, "pair_form": "sigmoid"},
     ),
+    "refl": (
+        "Xu et al. 2023, ReFL of ImageReward, arXiv 2304.05977 (without its pre-training loss)",
+        {"method": "reward_gradient", "reward_gradient": {"kind": "clean_prediction", "steps": [1, 10]}},
+    ),
+    "draft": (
+        "Clark et al. 2023, DRaFT-K, arXiv 2309.17400 (K is reward_gradient.steps)",
+        {"method": "reward_gradient", "reward_gradient": {"kind": "last_steps", "steps": [1, 1]}},
+    ),
+    "draft_lv": (
+        "Clark et al. 2023, DRaFT-LV, arXiv 2309.17400, section 3.2",
+        {"method": "reward_gradient", "reward_gradient": {"kind": "renoised", "copies": 2}},
+    ),
+    "alignprop": (
+        "Prabhudesai et al. 2023, AlignProp, arXiv 2310.03739 (random truncation; 5 to 15 of 50 steps there)",
+        {"method": "reward_gradient", "reward_gradient": {"kind": "last_steps", "steps": [1, 10]}},
+    ),
 }
 """Name -> (paper, keys that it fills in)."""

@@ -16,9 +16,10 @@ METHOD_KINDS = {
     "sft": "scores",
     "dpo": "scores",
     "dgpo": "scores",
+    "reward_gradient": "reward",
 }
 """What the loss of each method is a function of: the log-probs of steps, a denoiser's prediction for noised samples,
-or the scores of all samples together."""
+the scores of all samples together, or a differentiable reward."""
 REFERENCE_METHODS = {"dpo", "dgpo"}
 """Methods that always compare with the reference."""
 OLD_METHODS = {"nft", "awm", "dgpo"}
@@ -56,6 +57,12 @@ def method_refusals(objective: "Objective", tokens: bool) -> Iterator[tuple[str,
 def method_conflicts(objective: "Objective", recipe: "Recipe") -> Iterator[tuple[str, str]]:
     """(key path, reason and alternative) for what a method needs of the whole recipe."""
     methods = {*objective.methods}
+    if "reward_gradient" in methods and recipe.updates_per_rollout > 1:
+        yield (
+            "objective.method",
+            "reward_gradient goes on from the rollout's states, which other weights do not reach; take epochs: 1 and"
+            " minibatches: 1",
+        )
     if recipe.minibatches > 1 and methods & GROUP_METHODS:
         name = min(methods & GROUP_METHODS)
         yield "minibatches", f"{name} compares the members of a group, which minibatches take apart; use epochs"
@@ -76,6 +83,8 @@ def _of_the_method(objective: "Objective", tokens: bool) -> Iterator[tuple[str, 
         kind = METHOD_KINDS.get(method or "")
         if tokens and kind == "denoising":
             yield key, f"{method} noises finished samples, which a text cannot be; use policy_gradient, sft or dpo"
+        if tokens and kind == "reward":
+            yield key, f"{method} needs samples with a gradient, tokens have none; use policy_gradient"
         if tokens and method == "dgpo":
             yield key, "dgpo weighs denoising errors; use dpo, or policy_gradient"
         if method == "dpo" and tokens and objective.pair_coef > LARGEST_TEXT_COEF:
@@ -88,6 +97,9 @@ def _of_the_method(objective: "Objective", tokens: bool) -> Iterator[tuple[str, 
             )
     if objective.beside == objective.method:
         yield "beside", f"{objective.method} is the method already; leave it out"
+    fewest, most = objective.reward_gradient.steps
+    if not 1 <= fewest <= most:
+        yield "reward_gradient.steps", f"[{fewest}, {most}] is no range of steps; write [fewest, most], from 1 on"
 
 
 def _of_the_advantage(objective: "Objective") -> Iterator[tuple[str, str]]:
@@ -114,7 +126,9 @@ def _of_the_kl(objective: "Objective", tokens: bool) -> Iterator[tuple[str, str]
         if kl.estimator == "prediction":
             yield "kl.estimator", "prediction is for methods over the forward process; use gaussian"
         return
-    if tokens:
+    if objective.kinds == {"reward"}:
+        yield "kl", "reward_gradient evaluates no step again; lower optimizer.lr, or put nft or awm beside it"
+    elif tokens:
         yield "kl", f"{objective.method} has none for tokens (dpo holds the reference inside); leave it out"
     elif kl.estimator != "prediction":
         yield "kl.estimator", f"{kl.estimator} compares steps, {objective.method} has none; say prediction"

@@ -103,6 +103,24 @@ class EncodesAhead(Protocol):
     def encode_ahead(self, prompts: Iterable[Prompt]) -> None: ...
 
 
+@runtime_checkable
+class DifferentiablePolicy(Policy, Protocol):
+    """A policy whose pictures can be differentiated by its weights."""
+
+    def num_levels(self, name: str, segment: Segment) -> int:
+        """Steps of the schedule that drew a segment."""
+        ...
+
+    def sample_with_grad(self, name: str, segment: Segment, *, kind: str, step: int, seeds: Sequence[int]) -> Tensor:
+        """The segment's B pictures once more, [B, 3, H, W] in [0, 1], with gradients of the steps from `step` on.
+
+        Args:
+            kind: as in `reward_gradient.kind` of a recipe.
+            seeds: of fresh noise, where the kind needs it.
+        """
+        ...
+
+
 class Reward(Protocol):
     """TRL's convention: one score per completion; None or NaN excludes the sample."""
 

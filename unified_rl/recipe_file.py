@@ -23,7 +23,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 _OURS = {"all", "DiffusionSampling", "TextSampling", "ImageTokenSampling"}
 """Parts of pydantic's locations that no user wrote: our key for all segments, and the members of a union."""
-PARTS = ("kl", "correction", "critic")
+PARTS = ("kl", "correction", "critic", "reward_gradient")
 """Keys of an objective that are blocks themselves."""
 
 

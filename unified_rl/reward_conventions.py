@@ -113,8 +113,8 @@ def make_reward(target: Any, arguments: Mapping[str, Any], *, shown: str, where:
         function=functools.partial(target, **arguments),
         caller=caller,
         convention=convention,
-        groupwise=convention == "pairwise" or _marked(target, "groupwise"),
-        differentiable=_marked(target, "differentiable"),
+        groupwise=convention == "pairwise" or marked(target, "groupwise"),
+        differentiable=marked(target, "differentiable"),
     )
 
 
@@ -163,7 +163,7 @@ def _check_arguments(
             raise RecipeError(f"{where}.arguments.{name}: {shown} has no such argument{hint}")
 
 
-def _marked(target: Any, attribute: str) -> bool:
+def marked(target: Any, attribute: str) -> bool:
     """Whether a function or object carries a marker."""
     return bool(getattr(target, attribute, False))
 
@@ -182,7 +182,7 @@ def _wait(answer: Any) -> Any:
 def call_trl(function: Callable, batch: RewardBatch) -> Any:
     """`function(prompts=..., completions=..., **columns)`, with those columns that it has parameters for."""
     completions: Any = batch.completions()
-    if _marked(function.func if isinstance(function, functools.partial) else function, "differentiable"):
+    if marked(function.func if isinstance(function, functools.partial) else function, "differentiable"):
         completions = foreign.picture_tensor(batch.pictures)
     metrics: dict[str, list[float]] = {}
     given = {
@@ -194,7 +194,7 @@ def call_trl(function: Callable, batch: RewardBatch) -> Any:
         "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
         "log_extra": lambda name, values: None,  # shown by TRL in its table of samples; there is no such table here
     }
-    chosen = _for_parameters(function, given, logs)
+    chosen = for_parameters(function, given, logs)
     with foreign.no_grad():
         answer = function(**chosen)
     means = functools.partial(_with_metrics, len(batch), metrics)
@@ -211,7 +211,7 @@ async def _then(answer: Any, finish: Callable[[Any], Judged]) -> Judged:
     return finish(await answer)
 
 
-def _for_parameters(function: Callable, given: Mapping[str, Any], extras: Mapping[str, Any]) -> dict[str, Any]:
+def for_parameters(function: Callable, given: Mapping[str, Any], extras: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that a function has parameters for; `extras` only where they are named.
 
     Raises:
@@ -260,5 +260,5 @@ def call_pairwise(function: Callable, batch: RewardBatch) -> Any:
             wins[second].append(1.0 - value)
         return Judged(values=[float(np.mean(won)) if won else float("nan") for won in wins])
 
-    answer = function(**_for_parameters(function, given, {}))
+    answer = function(**for_parameters(function, given, {}))
     return _then(answer, finish) if inspect.isawaitable(answer) else finish(answer)

@@ -63,7 +63,7 @@ def check_reward(block: RewardBlock, index: int) -> None:
         RecipeError: if there is no such entry point, file, module or name, with the nearest one that exists.
     """
     where = f"rewards.{index}.name"
-    check_import(_reference(block.name, where), where)
+    check_import(reference_of(block.name, where), where)
     if block.memory_mib is not None and not sys.platform.startswith("linux"):
         raise RecipeError(f"rewards.{index}.memory_mib: only Linux tells how much memory a process takes")
 
@@ -223,7 +223,7 @@ class Scoring:
         )
 
 
-def _reference(name: str, where: str) -> str:
+def reference_of(name: str, where: str) -> str:
     """The import reference of a reward named by reference, address or entry point."""
     if name.startswith(("http://", "https://")):
         return REMOTE
@@ -243,7 +243,7 @@ def _shown_name(name: str) -> str:
 
 def _start(block: RewardBlock, index: int, device: str) -> ProcessReward | ThreadedReward:
     where = f"rewards.{index}"
-    reference = _reference(block.name, f"{where}.name")
+    reference = reference_of(block.name, f"{where}.name")
     arguments: Mapping[str, Any] = block.arguments
     if reference == REMOTE:
         arguments = {"url": block.name, **arguments}

@@ -1,7 +1,8 @@
-"""Predictions for finished samples that were noised again, through whole pipelines."""
+"""Predictions for finished samples that were noised again, and pictures with gradients, through whole pipelines."""
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,3 +81,76 @@ def test_a_loop_that_changes_its_latents_is_refused():
     segment = policy.sample(prompts_of(case)).segments["image"]
     with pytest.raises(UnsupportedPipelineError, match="changes its latents between two steps"):
         policy.predict("image", segment, 1, [1, 2])
+
+
+GRADIENT_NAMES = [
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
+    "QwenImagePipeline", "PixArtSigmaPipeline", "SanaPipeline", "StableDiffusionControlNetPipeline",
+]  # fmt: skip
+
+
+def gradient_norm(policy: Any) -> float:
+    norm = sum(float(p.grad.norm()) for p in policy.module.parameters() if p.grad is not None)
+    policy.module.zero_grad()
+    return norm
+
+
+@pytest.mark.parametrize("case", [BY_NAME[name] for name in GRADIENT_NAMES], ids=lambda case: case.name)
+def test_pictures_with_gradients_are_the_rollouts(case: Case):
+    policy = policy_of(case)
+    trajectory = policy.sample(prompts_of(case))
+    segment = trajectory.segments["image"]
+    drawn = torch.stack([to_tensor(completion.images[0]) for completion in trajectory.completions])
+    norms = []
+    for first in (2, 1, 0):  # of three steps
+        pictures = policy.sample_with_grad("image", segment, kind="last_steps", step=first, seeds=[5, 6])
+        torch.testing.assert_close(pictures.detach(), drawn, atol=1 / 255, rtol=0.0)
+        pictures.square().sum().backward()
+        norms.append(gradient_norm(policy))
+    assert all(0 < norm < float("inf") for norm in norms) and len({f"{norm:.4g}" for norm in norms}) == 3
+    alone = policy.sample_with_grad("image", segment.rows(slice(1, 2)), kind="last_steps", step=1, seeds=[6])
+    torch.testing.assert_close(alone[0], pictures[1], atol=1e-3, rtol=0.0)
+    renoised = [policy.sample_with_grad("image", segment, kind="renoised", step=2, seeds=[5, seed]) for seed in (6, 7)]
+    assert torch.equal(renoised[0][0], renoised[1][0]) and not torch.equal(renoised[0][1], renoised[1][1])
+    for kind in ("renoised", "clean_prediction"):
+        policy.sample_with_grad("image", segment, kind=kind, step=2, seeds=[5, 6]).square().sum().backward()
+        assert 0 < gradient_norm(policy) < float("inf")
+
+
+def to_tensor(image: Any) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+
+
+def test_a_clean_prediction_is_decoded_at_once():
+    """Of the last step, which ends at the clean sample, it is that sample."""
+    policy = policy_of(BY_NAME["StableDiffusion3Pipeline"])
+    policy._settings = dict.fromkeys((False, True), policy._settings[False].model_copy(update={"noise_level": 0.0}))
+    trajectory = policy.sample(prompts_of(BY_NAME["StableDiffusion3Pipeline"]))
+    drawn = torch.stack([to_tensor(completion.images[0]) for completion in trajectory.completions])
+    segment = trajectory.segments["image"]
+    last, early = (
+        policy.sample_with_grad("image", segment, kind="clean_prediction", step=step, seeds=[5, 6]).detach()
+        for step in (2, 0)
+    )
+    torch.testing.assert_close(last, drawn, atol=1 / 255, rtol=0.0)
+    assert (early - drawn).abs().max() > 0.01
+
+
+def test_the_gradient_through_the_picture_is_the_difference_quotient():
+    policy = policy_of(BY_NAME["StableDiffusion3Pipeline"])
+    segment = policy.sample(prompts_of(BY_NAME["StableDiffusion3Pipeline"])).segments["image"]
+    bias = policy.module.proj_out.bias
+    weights = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def value(first: int) -> torch.Tensor:
+        return (policy.sample_with_grad("image", segment, kind="last_steps", step=first, seeds=[5, 6]) * weights).sum()
+
+    value(0).backward()
+    slope, change, values = float(bias.grad.sum()), 2e-3, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            bias += sign * change
+        values.append(float(value(0).detach()))
+        with torch.no_grad():
+            bias -= sign * change
+    assert slope == pytest.approx((values[0] - values[1]) / (2 * change), rel=0.03) and abs(slope) > 0.1

@@ -1,7 +1,7 @@
 """What a rollout is trained with: a table from `objective.method` to the function that plans an optimiser step.
 
 A plan is a list of windows. Each is one forward and backward and carries its loss, so that the trainer runs policy
-gradients, denoising objectives and preferences alike, also beside each other. Denominators, and
+gradients, denoising objectives, preferences and gradients of rewards alike, also beside each other. Denominators, and
 whatever else is known only of all samples together, are settled over all processes while planning: neither windows nor
 processes change an update.
 
@@ -17,7 +17,7 @@ or, from outside the package, such a function named in the recipe as `package.mo
 from collections.abc import Callable
 
 from unified_rl.assemble import Parts
-from unified_rl.methods import denoising, gradients, scores
+from unified_rl.methods import denoising, gradients, reward_gradient, scores
 from unified_rl.methods.planning import Planned, kind_of
 from unified_rl.prepare import Prepared
 from unified_rl.windows import Window
@@ -26,6 +26,7 @@ PLANS: dict[str, Callable[[Parts, Prepared, Planned], list[Window]]] = {
     "steps": gradients.plan,
     "denoising": denoising.plan,
     "scores": scores.plan,
+    "reward": reward_gradient.plan,
 }
 """By the kind of a method: what its loss is a function of."""
 

@@ -37,7 +37,7 @@ class Planned:
 
 
 def kind_of(method: str) -> str:
-    """What a method's loss is a function of: "steps", "denoising" or "scores"."""
+    """What a method's loss is a function of: "steps", "denoising", "scores" or "reward"."""
     if method in METHOD_KINDS:
         return METHOD_KINDS[method]
     return {ForwardTerms: "denoising", ScoreTerms: "scores"}[_terms_of(method)]

@@ -50,16 +50,26 @@ class PredictPass:
 
     def next_latents(self, transition: Transition, latents: Tensor) -> Tensor:
         self.step += 1
-        copies = len(latents) // len(self.noised)
-        noised = self.noised.repeat(copies, *[1] * (self.noised.ndim - 1)).to(latents)
         if self.step == self.asked.start:
-            return noised
+            return self._noised_like(latents)
         if self.step == self.asked.stop:
-            if not torch.equal(latents.detach(), noised):
-                raise UnsupportedPipelineError("the pipeline changes its latents between two steps of its scheduler")
+            self.check_arrived(latents)
             self._forward = transition.forward
             raise LoopLeft
         return latents
+
+    def check_arrived(self, latents: Tensor) -> None:
+        """Make sure that a step of the loop started from the noised samples.
+
+        Raises:
+            UnsupportedPipelineError: if the pipeline put something else in their place.
+        """
+        if not torch.equal(latents.detach(), self._noised_like(latents)):
+            raise UnsupportedPipelineError("the pipeline changes its latents between two steps of its scheduler")
+
+    def _noised_like(self, latents: Tensor) -> Tensor:
+        copies = len(latents) // len(self.noised)
+        return self.noised.repeat(copies, *[1] * (self.noised.ndim - 1)).to(latents)
 
     def denoised(self, name: str) -> Denoised:
         """What was predicted.

@@ -22,7 +22,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unified_rl.policies import savings
+from unified_rl.policies import differentiable, savings
 from unified_rl.policies.bypass import bypassing, recording
 from unified_rl.policies.denoising import PredictPass, first_latents
 from unified_rl.policies.encoders import Encoders
@@ -210,7 +210,7 @@ class DiffusionPolicy:
         assert name == SEGMENT, f"a diffusion policy has no segment {name!r}"
         prompts: Sequence[Prompt] = segment.actions["prompts"]  # type: ignore[assignment]
         templates: list[list[Any]] = segment.actions["templates"][0]  # type: ignore[assignment]
-        tape = PredictPass(segment, step, seeds, self._pipeline.device)
+        tape = PredictPass(segment, step, seeds, self._device)
         bypass = bypassing(tape, templates, len(prompts))
         start = first_latents(type(self._pipeline), tape)
         with self._pass(tape, bypass, prompts, self._settings[False], None), suppress(LoopLeft):
@@ -256,6 +256,17 @@ class DiffusionPolicy:
     @property
     def _device(self) -> torch.device:
         return self.module.device
+
+    def sample_with_grad(self, name: str, segment: Segment, *, kind: str, step: int, seeds: Sequence[int]) -> Tensor:
+        """A segment's pictures once more, [B, 3, H, W] in [0, 1], with gradients; see `differentiable`."""
+        assert name == SEGMENT, f"a diffusion policy has no segment {name!r}"
+        prompts: Sequence[Prompt] = segment.actions["prompts"]  # type: ignore[assignment]
+        tape, noisy = differentiable.start(segment, kind, step, seeds, self._device)
+        start = {} if isinstance(tape, differentiable.GradientPass) else first_latents(type(self._pipeline), tape)
+        settings, decoder = self._settings[False], differentiable.checkpointed_decoder(self._pipeline)
+        with self._pass(tape, differentiable.with_gradients(tape, segment), prompts, settings, noisy), decoder:
+            output = self._call(prompts, settings, output_type="pt", **start)
+            return differentiable.pictures_of(output, len(prompts), type(self._pipeline).__name__)
 
     def _check_gradient(self, tape: ReplayPass) -> None:
         """Refuse a pipeline that cuts the graph between its denoiser and its scheduler."""

@@ -85,8 +85,7 @@ class SamplePass:
         self.stochastic: list[bool] = []
         self.levels: list[tuple[float, float]] = []
         """(signal, level) of the forward process at each step."""
-        # Other streams than the pipeline's own generators, which replay must find untouched by these draws.
-        self._generators = [torch.Generator().manual_seed((seed * 2 + 1) % (1 << 63)) for seed in seeds]
+        self._generators = sampling_generators(seeds)
 
     def next_latents(self, transition: Transition, latents: Tensor) -> Tensor:
         mean, std = transition()
@@ -105,6 +104,12 @@ class SamplePass:
         self.levels.append((float(transition.forward.signal), float(transition.forward.level)))
         self.step += 1
         return following.repeat(copies, *[1] * (following.ndim - 1))
+
+
+def sampling_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """What draws the steps of each row: other streams than the pipeline's own generators, which replay must find
+    untouched by these draws."""
+    return [torch.Generator().manual_seed((seed * 2 + 1) % (1 << 63)) for seed in seeds]
 
 
 class ReplayPass:

@@ -1,0 +1,146 @@
+"""Gradients of differentiable rewards: through a toy's picture, the shipped reward, and what is refused."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_methods import gradient
+from test_objective_wiring import BEGIN, rows_of
+from torch import Tensor
+from toys import Bandit, Walker, build_parts
+
+from reward_models.digit_likeness import digit_likeness
+from unified_rl.errors import RecipeError
+from unified_rl.recipe_reward import RewardBlock
+from unified_rl.reward_gradients import DifferentiableReward, load_differentiable
+from unified_rl.reward_types import RewardError
+from unified_rl.train import StopSignal, collect, run_loop
+from unified_rl.types import Segment
+
+
+class Painter(Walker):
+    """A picture of one pixel, as bright as the sigmoid of the walk's end; the last steps carry the drift's gradient."""
+
+    asked: list[tuple[str, int]] = []
+
+    def num_levels(self, name: str, segment: Segment) -> int:
+        return self.max_steps["image"]
+
+    def sample_with_grad(self, name: str, segment: Segment, *, kind: str, step: int, seeds: Any) -> Tensor:
+        self.asked.append((kind, step))
+        states = segment.actions["states"]
+        assert isinstance(states, Tensor)
+        moved = (self.max_steps["image"] - step) * (self._now - self._now.detach())
+        brightness = (states[:, -1] + moved).sigmoid().mean(1)
+        return brightness[:, None, None, None].expand(-1, 3, 1, 1)
+
+
+def brightness(prompts: Any, completions: Tensor, **_: Any) -> Tensor:
+    return completions.mean((1, 2, 3))
+
+
+def painter_parts(folder: Path, weight: float = 1.0, **keys: Any) -> Any:
+    parts = build_parts(folder, Painter([0.3, 0.1]), **keys)
+    reward = DifferentiableReward(name="toy:brightness", weight=weight, function=brightness)
+    return replace(parts, differentiable=[reward])
+
+
+def test_the_gradient_is_the_rewards(tmp_path: Path):
+    keys = {"objective": {"preset": "draft", "reward_gradient": {"steps": [2, 2]}}}
+    got = [gradient(painter_parts(tmp_path / str(n), 3.0, engine={"micro_batch": n}, **keys)) for n in (16, 3)]
+    _, (prepared,), _ = collect(painter_parts(tmp_path / "c", **keys), 0)
+    drift = torch.tensor([0.3, 0.1], requires_grad=True)
+    ends = prepared.segment.actions["states"][:, -1] + 2 * (drift - drift.detach())
+    (-3.0 * ends.sigmoid().mean()).backward()
+    torch.testing.assert_close(got[0], drift.grad)
+    torch.testing.assert_close(got[1], drift.grad)
+
+
+def test_margin_trains_only_what_is_below(tmp_path: Path):
+    objective = {"preset": "refl", "reward_gradient": {"steps": [1, 1], "margin": 0.6}}
+    parts = painter_parts(tmp_path, objective=objective)
+    got = gradient(parts)
+    _, (prepared,), _ = collect(parts, 0)
+    drift = torch.tensor([0.3, 0.1], requires_grad=True)
+    bright = (prepared.segment.actions["states"][:, -1] + drift - drift.detach()).sigmoid().mean(1)
+    assert 0 < int((bright < 0.6).sum()) < 16
+    (0.6 - bright).clamp(min=0).mean().backward()
+    torch.testing.assert_close(got, drift.grad)
+
+
+def test_random_truncation_and_copies(tmp_path: Path):
+    Painter.asked.clear()
+    objective = {"preset": "alignprop", "reward_gradient": {"steps": [1, 3]}}
+    run_loop(painter_parts(tmp_path / "a", objective=objective, num_steps=16), BEGIN, StopSignal())
+    assert {kind for kind, _ in Painter.asked} == {"last_steps"}
+    assert {step for _, step in Painter.asked} == {0, 1, 2} and len(Painter.asked) == 32
+    Painter.asked.clear()
+    run_loop(painter_parts(tmp_path / "b", objective={"preset": "draft_lv"}, num_steps=1), BEGIN, StopSignal())
+    assert Painter.asked == [("renoised", 2)] * 4  # two windows, two copies
+
+
+def test_beside_a_policy_gradient_both_add_up(tmp_path: Path):
+    draft, flow = {"method": "reward_gradient"}, {"advantage": "group_mean"}
+    alone = gradient(painter_parts(tmp_path / "a", objective=draft))
+    policy = gradient(painter_parts(tmp_path / "b", objective=flow))
+    both = {**flow, "beside": "reward_gradient", "beside_coef": 0.25}
+    parts = painter_parts(tmp_path / "c", objective=both, num_steps=1)
+    torch.testing.assert_close(gradient(parts), policy + 0.25 * alone)
+    run_loop(parts, BEGIN, StopSignal())
+    row = rows_of(parts)[0]
+    assert {"rewards/brightness/with_grad", "ratio/mean"} <= set(row) and math.isfinite(row["loss"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "keys", "message"),
+    [
+        ({"preset": "draft"}, Bandit, {}, "objective.all.method: reward_gradient needs samples with a gradient"),
+        ({"preset": "draft"}, Painter, {"epochs": 2}, "objective.method: reward_gradient goes on from"),
+        ({"preset": "draft", "kl": {"coef": 0.1}}, Painter, {}, "objective.all.kl: reward_gradient evaluates no step"),
+        (
+            {"preset": "draft", "reward_gradient": {"steps": [3, 1]}},
+            Painter,
+            {},
+            r"objective.all.reward_gradient.steps: \[3, 1\] is no range",
+        ),
+    ],
+)
+def test_nonsense_is_refused(tmp_path: Path, objective: Any, kind: Any, keys: dict[str, Any], message: str):
+    with pytest.raises(RecipeError, match=message):
+        build_parts(tmp_path, kind([0.0, 0.0]), objective=objective, **keys)
+
+
+def test_a_policy_or_rewards_without_gradients_are_refused(tmp_path: Path):
+    with pytest.raises(RecipeError, match="pictures that this policy can differentiate"):
+        gradient(build_parts(tmp_path, Walker([0.0, 0.0]), objective={"preset": "draft"}))
+    with pytest.raises(RecipeError, match="marked differentiable = True"):
+        load_differentiable([RewardBlock(name="digit_check")], "cpu")
+    names = ("reward_models.digit_likeness:digit_likeness", "digit_check")
+    (loaded,) = load_differentiable([RewardBlock(name=name, weight=2.0) for name in names], "cpu")
+    assert loaded.weight == 2.0
+    _, (prepared,), _ = collect(painter_parts(tmp_path / "b", objective={"preset": "draft"}), 0)
+    constant = DifferentiableReward(name="c", weight=1.0, function=lambda prompts, completions: torch.zeros(16))
+    with pytest.raises(RewardError, match="one differentiable number per picture"):
+        constant.of(prepared.prompts, torch.zeros(16, 3, 1, 1))
+
+
+def test_digit_likeness_knows_digits_and_leads_to_them():
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    grey = torch.tensor(1.0 - images[:60].reshape(-1, 1, 8, 8) / 16.0).float()
+    pictures = grey.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).expand(-1, 3, -1, -1)
+    right = digit_likeness([f"the digit {label}" for label in labels[:60]], pictures)
+    wrong = digit_likeness([f"the digit {(label + 1) % 10}" for label in labels[:60]], pictures)
+    assert float(right.mean()) > -0.3 and float(wrong.mean()) < -4 and float(wrong.min()) >= -8
+    blank = torch.full((1, 3, 16, 16), 0.6, requires_grad=True)
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.05
+    start = digit_likeness(["a handwritten three"], blank + noise)
+    start.sum().backward()
+    assert blank.grad is not None
+    better = digit_likeness(["a handwritten three"], blank + noise + 0.5 * blank.grad / blank.grad.norm())
+    assert float(better) > float(start.detach()) + 0.05
+    assert digit_likeness.differentiable
