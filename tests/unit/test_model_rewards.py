@@ -1,0 +1,223 @@
+"""Rewards with a model behind them: tiny random ones of the same architecture, and numbers computed by hand."""
+
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import (
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from reward_models.aesthetic import LaionAesthetic
+from reward_models.dual_encoder import ClipScore, Hps, ImageSimilarity, PickScore, from_open_clip
+from reward_models.vlm_judge import ChatJudge, YesProbability, data_uri, yes_share
+
+PROMPTS = ["a cat", "a very red dog"]
+
+
+def pictures(num: int = 2, side: int = 12) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)) for _ in range(num)]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of a few thousand weights, as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
+    pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], model_max_length=16
+    )
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={
+            **tower,
+            "vocab_size": len(pieces),
+            "max_position_embeddings": 16,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={**tower, "image_size": 8, "patch_size": 4},
+        projection_dim=12,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    shape = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    CLIPProcessor(image_processor=CLIPImageProcessor(**shape), tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def cosines_by_hand(folder: Path) -> torch.Tensor:
+    """From the towers and projections themselves, one sample at a time and unpadded."""
+    model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+    found = []
+    for prompt, picture in zip(PROMPTS, pictures(), strict=True):
+        pixels = processor(images=picture, return_tensors="pt").pixel_values
+        seen = model.visual_projection(model.vision_model(pixels).pooler_output)
+        ids = processor(text=prompt, return_tensors="pt").input_ids
+        read = model.text_projection(model.text_model(ids).pooler_output)
+        found.append(torch.nn.functional.cosine_similarity(seen, read).item())
+    return torch.tensor(found)
+
+
+def test_clip_score_and_pick_score(clip: Path) -> None:
+    cosines = cosines_by_hand(clip)
+    scores = ClipScore(str(clip), batch_size=1)(PROMPTS, pictures())
+    assert scores == pytest.approx((2.5 * cosines.clamp(min=0)).tolist(), abs=1e-5)
+    scale = math.exp(CLIPModel.from_pretrained(clip).logit_scale.item())
+    assert PickScore(str(clip), processor=None)(PROMPTS, pictures()) == pytest.approx(
+        (scale * cosines).tolist(), abs=1e-4
+    )
+
+
+def test_hub_models_have_to_be_pinned() -> None:
+    with pytest.raises(ValueError, match="pin it with the argument revision"):
+        ClipScore()
+
+
+def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights as open_clip stores them, written down from its modules."""
+    out: dict[str, torch.Tensor] = {
+        "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
+        "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
+        "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
+        "visual.proj": state["visual_projection.weight"].T,
+        "text_projection": state["text_projection.weight"].T,
+        "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
+        "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
+        "logit_scale": state["logit_scale"],
+        "attn_mask": torch.zeros(1),
+    }
+    for kind in ("weight", "bias"):
+        out[f"visual.ln_pre.{kind}"] = state[f"vision_model.pre_layrnorm.{kind}"]
+        out[f"visual.ln_post.{kind}"] = state[f"vision_model.post_layernorm.{kind}"]
+        out[f"ln_final.{kind}"] = state[f"text_model.final_layer_norm.{kind}"]
+        for ours, theirs in (("vision_model", "visual.transformer"), ("text_model", "transformer")):
+            for index in range(2):
+                block, layer = f"{theirs}.resblocks.{index}", f"{ours}.encoder.layers.{index}"
+                qkv = [state[f"{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+                out[f"{block}.attn.in_proj_{kind}"] = torch.cat(qkv)
+                out[f"{block}.attn.out_proj.{kind}"] = state[f"{layer}.self_attn.out_proj.{kind}"]
+                for number in (1, 2):
+                    out[f"{block}.ln_{number}.{kind}"] = state[f"{layer}.layer_norm{number}.{kind}"]
+                out[f"{block}.mlp.c_fc.{kind}"] = state[f"{layer}.mlp.fc1.{kind}"]
+                out[f"{block}.mlp.c_proj.{kind}"] = state[f"{layer}.mlp.fc2.{kind}"]
+    return out
+
+
+def test_hps_takes_open_clips_weights(clip: Path, tmp_path: Path) -> None:
+    state = CLIPModel.from_pretrained(clip).state_dict()
+    back = from_open_clip(open_clip_names(state))
+    assert {name for name in state if not name.endswith("position_ids")} == set(back)
+    other = {name: tensor + 0.01 for name, tensor in open_clip_names(state).items()}
+    torch.save({"epoch": 1, "state_dict": other}, tmp_path / "tuned.pt")
+    hps = Hps(str(clip), weights="tuned.pt", weights_from=str(tmp_path))
+    assert torch.equal(hps.model.state_dict()["logit_scale"], state["logit_scale"] + 0.01)
+    tuned = CLIPModel.from_pretrained(clip)
+    tuned.load_state_dict({name: tensor + 0.01 for name, tensor in back.items()}, strict=False)
+    tuned.save_pretrained(tmp_path / "tuned")
+    CLIPProcessor.from_pretrained(clip).save_pretrained(tmp_path / "tuned")
+    assert hps(PROMPTS, pictures()) == pytest.approx(cosines_by_hand(tmp_path / "tuned").tolist(), abs=1e-5)
+
+
+def test_an_aesthetic_head(clip: Path, tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    head = {
+        "layers.0.weight": torch.randn(4, 12, generator=rng),
+        "layers.0.bias": torch.randn(4, generator=rng),
+        "layers.2.weight": torch.randn(1, 4, generator=rng),
+        "layers.2.bias": torch.randn(1, generator=rng),
+    }
+    save_file(head, tmp_path / "head.safetensors")
+    reward = LaionAesthetic(str(tmp_path / "head.safetensors"), str(clip))
+    features = reward.pictures(pictures())
+    assert features.norm(dim=-1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    hidden = features @ head["layers.0.weight"].T + head["layers.0.bias"]
+    expected = hidden @ head["layers.2.weight"].T + head["layers.2.bias"]
+    assert reward(PROMPTS, pictures()) == pytest.approx(expected.flatten().tolist(), abs=1e-5)
+
+
+def test_similarity_to_the_condition_picture(clip: Path, tmp_path: Path) -> None:
+    first, second = pictures()
+    similarity = ImageSimilarity(str(clip))
+    scores = similarity(PROMPTS, [first, second], images=[[first], []])
+    assert scores[0] == pytest.approx(1.0, abs=1e-5) and scores[1] is None
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    Dinov2Model(Dinov2Config(**tower)).save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    assert ImageSimilarity(str(tmp_path))(PROMPTS[:1], [first], images=[[first]]) == pytest.approx([1.0], abs=1e-5)
+
+
+def test_the_probability_of_yes(quickstart: Path) -> None:
+    question = "is there a {prompt}?"
+    judge = YesProbability(str(quickstart / "shapes_vlm"), question=question, batch_size=2)
+    shown = [Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32), "red")]
+    together = judge(["red circle", "circle"], shown)
+    alone = [judge([prompt], [picture])[0] for prompt, picture in zip(["red circle", "circle"], shown, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-4) and all(0.0 <= value <= 1.0 for value in together)
+
+
+def test_yes_share_by_hand() -> None:
+    top = [{"token": " Yes", "logprob": math.log(0.3)}, {"token": "no", "logprob": math.log(0.1)}]
+    assert yes_share([*top, {"token": "maybe", "logprob": math.log(0.6)}]) == pytest.approx(0.75)
+    assert yes_share([{"token": "maybe", "logprob": 0.0}]) is None
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers every question with what it was given, and keeps the request."""
+
+    seen: list[dict[str, Any]] = []
+    answer: dict[str, Any] = {}
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append({**body, "path": self.path, "token": self.headers["Authorization"]})
+        reply = json.dumps({"choices": [self.answer]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_a_judge_behind_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "secret")
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    picture = pictures(1)[0]
+    top = [{"token": "yes", "logprob": math.log(0.2)}, {"token": "No", "logprob": math.log(0.6)}]
+    Server.answer = {"logprobs": {"content": [{"top_logprobs": top}]}, "message": {"content": "No"}}
+    assert ChatJudge(url, "m", token_env="JUDGE_TOKEN")(["a cat"], [picture]) == [pytest.approx(0.25)]
+    request = Server.seen.pop()
+    assert (request["path"], request["token"]) == ("/v1/chat/completions", "Bearer secret")
+    assert request["messages"][0]["content"] == [
+        {"type": "image_url", "image_url": {"url": data_uri(picture)}},
+        {"type": "text", "text": 'Does this picture show "a cat"? Answer yes or no.'},
+    ]
+    Server.answer = {"message": {"content": "Style 3 of 5. Final score: 4.5"}}
+    judge = ChatJudge(url, "m", question="{prompt} -> {completion}", read="number", token_env="UNSET")
+    assert judge(["q"], ["a"]) == [4.5]
+    request = Server.seen.pop()
+    assert request["token"] is None and request["messages"][0]["content"][0]["text"] == "q -> a"
+    Server.answer = {"message": {"content": "none"}}
+    assert judge(["q"], ["a"]) == [None], "an answer without a number excludes the sample"
+    server.shutdown()
