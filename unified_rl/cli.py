@@ -102,6 +102,9 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "--tiny", action="store_true", help="swap in a tiny random twin of the model, to try the recipe on a laptop"
+    )
     _add_overrides(parser)
 
 
@@ -122,9 +125,15 @@ def _version() -> str:
     return f"unified-rl {__version__}"
 
 
-def _checked_recipe(name: str, overrides: list[str]) -> "tuple[Recipe, list[str]]":
+def _checked_recipe(name: str, overrides: list[str], *, tiny: bool) -> "tuple[Recipe, list[str]]":
     """The recipe and the warnings about it, after every check that needs no model in memory."""
     from unified_rl.checks import check_recipe
+
+    if tiny:
+        from unified_rl.tiny import tiny_recipe
+
+        recipe, notes = tiny_recipe(name, overrides)
+        return recipe, [f"--tiny: {note}" for note in notes] + check_recipe(recipe)
     from unified_rl.recipe_file import load_recipe
 
     recipe = load_recipe(name, overrides)
@@ -132,15 +141,18 @@ def _checked_recipe(name: str, overrides: list[str]) -> "tuple[Recipe, list[str]
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    recipe, warnings = _checked_recipe(arguments.recipe, arguments.overrides)
+    recipe, warnings = _checked_recipe(arguments.recipe, arguments.overrides, tiny=arguments.tiny)
     from unified_rl.tracking import check_writable
 
-    output: Path = arguments.output or Path("runs") / Path(arguments.recipe).stem
+    tiny = ["--tiny"] if arguments.tiny else []
+    output: Path = arguments.output or Path("runs") / "-".join(
+        [Path(arguments.recipe).stem, *(["tiny"] if tiny else [])]
+    )
     check_writable(output)
     if arguments.processes > 1 and not _launched():
         from unified_rl.engine.distributed import spawn
 
-        command = ["train", arguments.recipe, *arguments.overrides, "--output", str(output)]
+        command = ["train", arguments.recipe, *tiny, *arguments.overrides, "--output", str(output)]
         return spawn(arguments.processes, [*command, "--resume", arguments.resume])
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         _write_warnings(warnings)
@@ -156,7 +168,7 @@ def _launched() -> bool:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    recipe, warnings = _checked_recipe(arguments.recipe, arguments.overrides)
+    recipe, warnings = _checked_recipe(arguments.recipe, arguments.overrides, tiny=arguments.tiny)
     from unified_rl.explain import explain
 
     sys.stdout.write(explain(recipe))

@@ -13,7 +13,7 @@ from unified_rl.policies.noise_plan import noisy_steps
 from unified_rl.presets import PRESETS
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_block import Block
-from unified_rl.recipe_file import RECIPES
+from unified_rl.recipe_file import shipped_recipes
 from unified_rl.recipe_objective import Objective
 from unified_rl.recipe_policy import SAMPLING, DiffusionSampling
 from unified_rl.rewards import list_rewards
@@ -128,9 +128,7 @@ def listing(kind: str) -> str:
     elif kind == "presets":
         lines = [(name, f"{paper}: {_compact(keys)}") for name, (paper, keys) in PRESETS.items()]
     else:
-        lines = [
-            (path.stem, _first_comment(path.read_text(encoding="utf-8"))) for path in sorted(RECIPES.glob("*.yaml"))
-        ]
+        lines = [(path.stem, _first_comment(path.read_text(encoding="utf-8"))) for path in shipped_recipes()]
     return _aligned(lines, indent="")
 
 

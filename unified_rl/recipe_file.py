@@ -44,11 +44,15 @@ def find_recipe(name: str) -> Path:
     Raises:
         RecipeError: if there is neither.
     """
-    for path in (Path(name), RECIPES / f"{name}.yaml"):
+    for path in (Path(name), RECIPES / f"{name}.yaml", RECIPES / "models" / f"{name}.yaml"):
         if path.is_file():
             return path.resolve()
-    shipped = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
-    raise RecipeError(f"{name}: no such recipe file{nearest(name, shipped)}")
+    raise RecipeError(f"{name}: no such recipe file{nearest(name, [path.stem for path in shipped_recipes()])}")
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes that ship with the project: the quickstarts, then those for real models."""
+    return [*sorted(RECIPES.glob("*.yaml")), *sorted(RECIPES.glob("models/*.yaml"))]
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
@@ -58,15 +62,25 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         RecipeError: with one line that says where and what, for anything wrong in it.
     """
     path = find_recipe(name)
+    raw = read_recipe(path)
+    for override in overrides or []:
+        apply_override(raw, override)
+    return parse_recipe(raw, path.parent)
+
+
+def read_recipe(path: Path) -> dict:
+    """The dictionary in a recipe file, nothing resolved.
+
+    Raises:
+        RecipeError: if it is not readable as YAML, or no mapping.
+    """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of blocks, see recipes/quickstart.yaml")
-    for override in overrides or []:
-        _apply_override(raw, override)
-    return parse_recipe(raw, path.parent)
+    return raw
 
 
 def parse_recipe(raw: dict, folder: Path) -> Recipe:
@@ -76,15 +90,15 @@ def parse_recipe(raw: dict, folder: Path) -> Recipe:
     _resolve_policy(raw, folder)
     for block, key in (("data", "prompts"), ("data", "evaluation")):
         if isinstance(raw.get(block), dict) and isinstance(raw[block].get(key), str):
-            raw[block][key] = _locate(raw[block][key], folder)
+            raw[block][key] = locate(raw[block][key], folder)
     for reward in raw["rewards"] if isinstance(raw.get("rewards"), list) else []:
         if isinstance(reward, dict) and isinstance(reward.get("name"), str) and ":" in reward["name"]:
-            reward["name"] = _locate(reward["name"], folder)
+            reward["name"] = locate(reward["name"], folder)
     raw["objective"] = _resolve_objective(raw.get("objective") or {})
     for objective in raw["objective"].values():
         for key in ("loss", "method", "beside"):
             if isinstance(objective.get(key), str) and ":" in objective[key]:
-                objective[key] = _locate(objective[key], folder)
+                objective[key] = locate(objective[key], folder)
     _check_exam(raw)
     try:
         return Recipe.model_validate(raw)
@@ -97,7 +111,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def _apply_override(raw: dict, override: str) -> None:
+def apply_override(raw: dict, override: str) -> None:
+    """Set one key of a recipe's dictionary from `a.b=value`."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"{override}: an override is written a.b=value")
@@ -111,7 +126,7 @@ def _apply_override(raw: dict, override: str) -> None:
         raise RecipeError(f"{key}: no such place in the recipe to override ({error})") from error
 
 
-def _locate(value: str, folder: Path) -> str:
+def locate(value: str, folder: Path) -> str:
     """A path relative to the recipe's folder or to the working directory, made absolute; anything else unchanged."""
     path, separator, attribute = value.partition(":")
     for base in (folder, Path.cwd()):
@@ -124,7 +139,7 @@ def _resolve_policy(raw: dict, folder: Path) -> None:
     policy = raw.get("policy")
     if not isinstance(policy, dict) or not isinstance(policy.get("model"), str):
         return
-    policy["model"] = _locate(policy["model"], folder)
+    policy["model"] = locate(policy["model"], folder)
     if "family" not in policy:
         policy["family"] = _family_of(Path(policy["model"]))
     if str(policy["family"]) in SAMPLING and isinstance(policy.setdefault("sampling", {}), dict):

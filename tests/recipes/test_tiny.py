@@ -1,0 +1,96 @@
+"""`--tiny`: every recipe for a real model trains its twin; what is shrunk and what is not."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unified_rl import cli
+from unified_rl.data.sources import load_rows
+from unified_rl.errors import RecipeError
+from unified_rl.recipe_file import RECIPES, load_recipe
+from unified_rl.tiny import HUB, brightness, shrink, tiny_recipe
+from unified_rl.tiny_models import TWINS
+from unified_rl.worlds.edits import train_instructions
+
+NAMES = sorted(path.stem for path in (RECIPES / "models").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    """Twins of this module's tests, written once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_for_a_real_model_trains_its_twin(name: str, tmp_path: Path):
+    if "qwen_image_edit" in name and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("the processor of Qwen-Image-Edit needs torchvision")
+    assert cli.main(["train", name, "--tiny", "--output", str(tmp_path)]) == 0
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert metrics[0].get("replay_gap", 0.0) <= 1e-5
+    assert metrics[0]["grad_norm"] > 0
+    resolved, full = load_recipe(str(tmp_path / "recipe.yaml")), load_recipe(name)
+    assert resolved.policy.dtype == full.policy.dtype and resolved.policy.adapter.kind == full.policy.adapter.kind
+    assert resolved.policy.sampling.kernel == full.policy.sampling.kernel
+    assert resolved.objective["all"].preset == full.objective["all"].preset
+    assert any((tmp_path / "checkpoints/step_000002/policy").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_for_a_real_model_names_a_model_with_a_twin_and_its_source(name: str):
+    assert load_recipe(name).policy.model in HUB
+    text = (RECIPES / "models" / f"{name}.yaml").read_text()
+    comment = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    assert "arXiv" in comment and "Estimates" in comment
+
+
+def test_every_known_model_has_a_twin():
+    assert set(HUB.values()) == set(TWINS)
+
+
+def test_what_is_shrunk_is_said_and_overrides_win():
+    recipe, notes = tiny_recipe("flux_mix_grpo_hps", ["num_steps=3", "policy.adapter.rank=2"])
+    assert recipe.num_steps == 3 and recipe.policy.adapter.rank == 2 and recipe.group_size == 4
+    assert recipe.policy.sampling.noise_place == "window" and recipe.policy.sampling.noise_steps == 2
+    assert recipe.policy.sampling.call["guidance_scale"] == 3.5 and recipe.policy.sampling.call["height"] == 32
+    assert [reward.name for reward in recipe.rewards] == ["unified_rl.tiny:brightness"]
+    assert any("hpsv2 stood in for by brightness" in note for note in notes)
+    assert any("black-forest-labs/FLUX.1-dev" in note for note in notes)
+
+
+def test_light_rewards_and_the_quickstarts_models_stay():
+    rewards = [{"name": "compressibility", "weight": 2.0}, {"name": "mine.py:score"}]
+    raw = {"policy": {"model": "quickstart/shapes_sd3"}, "rewards": rewards}
+    small, notes = shrink(raw, RECIPES)
+    assert small["rewards"] == [*rewards, {"name": "unified_rl.tiny:brightness", "weight": 1.0}]
+    assert small["policy"] == raw["policy"] and not any("stood in" in note for note in notes)
+    assert raw["rewards"] == rewards, "the recipe that was read stays as it is"
+
+
+def test_pictures_of_a_dataset_are_shrunk_and_its_other_columns_kept():
+    recipe, notes = tiny_recipe("flux_kontext_edit", [])
+    rows, full = load_rows(recipe.data.prompts, "data.prompts"), train_instructions()
+    assert len(rows) == 8 and any("data.prompts" in note for note in notes)
+    assert rows[0]["images"][0].open().size == (32, 32) and full[0]["image"].size == (512, 512)
+    assert [(row["prompt"], row["edit"]) for row in rows] == [(row["prompt"], row["edit"]) for row in full[:8]]
+
+
+def test_heavy_rewards_are_stood_in_for_with_their_summed_weight():
+    raw = {"policy": {"model": "quickstart/shapes_sd3"}, "rewards": [{"name": "a", "weight": 2.0}, {"name": "b"}]}
+    assert shrink(raw, RECIPES)[0]["rewards"] == [{"name": "unified_rl.tiny:brightness", "weight": 3.0}]
+
+
+def test_a_model_without_a_twin_is_refused():
+    with pytest.raises(RecipeError, match=r"no twin of black-forest-labs/FLUX.2-dev is known.*did you mean"):
+        shrink({"policy": {"model": "black-forest-labs/FLUX.2-dev"}}, RECIPES)
+
+
+def test_brightness_of_pictures_and_videos():
+    white, black = Image.new("RGB", (4, 4), "white"), Image.new("RGB", (4, 4), "black")
+    assert brightness(["p", "q"], [white, [white, black]]) == [1.0, 0.5]
