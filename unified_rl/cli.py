@@ -92,6 +92,13 @@ def _build_parser() -> argparse.ArgumentParser:
         "--arguments", metavar="YAML", default="{}", help="keyword arguments, as in a recipe: '{top: 3}'"
     )
 
+    serve = commands.add_parser("serve", help="serve rewards over HTTP", allow_abbrev=False)
+    serve.add_argument(
+        "--reward", metavar="NAME", dest="rewards", action="append", required=True, help="as in a recipe; repeatable"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="any other than loopback needs UNIFIED_RL_TOKEN to be set")
+    serve.add_argument("--port", type=_positive, default=8000)
+
     report = commands.add_parser("report", help="write a run's report.html", allow_abbrev=False)
     report.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
 
@@ -194,6 +201,12 @@ def _score(arguments: argparse.Namespace) -> int:
     return score_command(arguments.rewards, arguments.files, prompt=arguments.prompt, arguments=arguments.arguments)
 
 
+def _serve(arguments: argparse.Namespace) -> int:
+    from unified_rl.serve import serve_command
+
+    return serve_command(arguments.rewards, host=arguments.host, port=arguments.port)
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from unified_rl.report import write_report
 
@@ -213,6 +226,7 @@ COMMANDS = {
     "validate": _validate,
     "evaluate": _evaluate,
     "score": _score,
+    "serve": _serve,
     "report": _report,
     "list": _list,
 }
