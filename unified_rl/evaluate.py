@@ -11,6 +11,7 @@ from unified_rl.data.prompts import evaluation_prompts
 from unified_rl.data.sources import load_rows
 from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
+from unified_rl.guard import MEANINGS, statistics
 from unified_rl.policies import build_policy, check_rows
 from unified_rl.protocols import Console, Policy
 from unified_rl.recipe import Recipe
@@ -41,8 +42,8 @@ def evaluate(
 ) -> tuple[dict[str, float], Rollout]:
     """Sample and judge the exam; returns the means over all processes, and this process's samples.
 
-    The metrics are `reward`, `rewards/<name>/mean` and `rewards/<name>/std` (over samples, excluded ones left out) and
-    `num_samples`.
+    The metrics are `reward`, `rewards/<name>/mean` and `rewards/<name>/std` (over samples, excluded ones left out),
+    `stats/<name>` (see `guard`) and `num_samples`.
     """
     batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
     rollout = roll_out(policy, rewards, exam, batch=batch, console=console, evaluation=True)
@@ -57,7 +58,18 @@ def evaluate(
         metrics[f"rewards/{name}/mean" if name else "reward"] = mean
         if name:
             metrics[f"rewards/{name}/std"] = max(squares / count - mean**2, 0.0) ** 0.5 if count else float("nan")
+    metrics |= {f"stats/{name}": value for name, value in _statistics(rollout).items()}
     return {**metrics, "num_samples": distributed.sum_over_ranks([len(exam)])[0]}, rollout
+
+
+def _statistics(rollout: Rollout) -> dict[str, float]:
+    """What the samples look like, as means over the processes."""
+    mine = statistics(rollout.trajectory.completions)
+    num = float(len(rollout.prompts))
+    known = [number for name in MEANINGS for number in (num * mine.get(name, 0.0), num if name in mine else 0.0)]
+    sums = distributed.sum_over_ranks(known)
+    pairs = zip(MEANINGS, sums[::2], sums[1::2], strict=True)
+    return {name: total / count for name, total, count in pairs if count > 0.0}
 
 
 def evaluate_command(target: str, overrides: list[str]) -> int:

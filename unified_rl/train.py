@@ -25,6 +25,7 @@ from unified_rl.checkpoint import find_checkpoint, load_state, save_checkpoint
 from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
 from unified_rl.evaluate import evaluate
+from unified_rl.guard import alarms
 from unified_rl.methods import plan_windows
 from unified_rl.metrics import peak_mib, reward_metrics
 from unified_rl.prepare import Prepared, prepare
@@ -32,7 +33,7 @@ from unified_rl.recipe import Recipe
 from unified_rl.resample import replace_tied
 from unified_rl.rollout import Rollout, roll_out, shown
 from unified_rl.snapshots import TRAINED
-from unified_rl.tracking import open_run
+from unified_rl.tracking import open_run, read_jsonl
 from unified_rl.types import Prompt
 from unified_rl.update import replay_gap, update, window_loss, window_stats
 from unified_rl.windows import Window
@@ -193,10 +194,15 @@ def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: flo
 
 
 def examine(parts: Parts, step: int) -> None:
-    """Evaluate on the held-out prompts; write the numbers and samples."""
+    """Evaluate on the held-out prompts; write the numbers, samples, and what is suspicious about them."""
     with parts.snapshots.use(parts.recipe.evaluation.weights):
         metrics, rollout = evaluate(parts.policy, parts.rewards, parts.exam, parts.recipe, parts.console)
     parts.run.log_evaluation({"step": step, **metrics})
+    if distributed.is_main():
+        trained = [reward.name for reward in parts.rewards if reward.weight != 0]
+        for alarm in alarms(read_jsonl(parts.run.path / "eval.jsonl")[0], metrics, trained):
+            parts.run.log_event("warning", f"step {step}: {alarm}")
+            parts.console.log(f"warning: {alarm}")
     parts.run.save_samples(step, shown(rollout, parts.recipe.evaluation.num_saved))
     means = [f"{key.split('/')[1]} {value:.3f}" for key, value in metrics.items() if key.endswith("/mean")]
     parts.console.log(f"held-out at step {step}: {', '.join(means)}")

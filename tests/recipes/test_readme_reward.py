@@ -40,3 +40,18 @@ def test_rows_of_text_are_scored_with_their_columns(tmp_path: Path, capsys: pyte
         "0.5000\t1.0000\tmean of 2",
     ]
     assert main(["score", "--reward", "answer", str(tmp_path / "none.png")]) == 2
+
+
+def test_an_exploited_reward_raises_an_alarm(tmp_path: Path) -> None:
+    """The base's evaluation is rewritten so that the next one looks exploited; the run says so."""
+    keys = ["num_steps=1", "group_size=2", "prompts_per_step=1", "engine.micro_batch=2", "evaluation.num_prompts=4"]
+    run = tmp_path / "run"
+    assert main(["train", "quickstart_vlm", *keys, "--output", str(run)]) == 0
+    first, second = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert {"stats/length", "stats/repetition", "stats/distinct"} <= set(first) and first["stats/length"] > 0.0
+    events = run / "events.jsonl"
+    assert not events.exists() or "exploited" not in events.read_text()
+    first["stats/length"] = second["stats/length"] + 100.0
+    (run / "eval.jsonl").write_text(json.dumps(first) + "\n")
+    assert main(["train", "quickstart_vlm", *keys, "num_steps=2", "--output", str(run)]) == 0
+    assert "the number of words went from" in events.read_text()

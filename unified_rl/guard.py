@@ -1,0 +1,139 @@
+"""Does a rising reward mean better samples? What samples look like, against the base model's, at every evaluation.
+
+A policy that exploits its reward gives itself away by what the reward does not measure: pictures turn flat, noisy,
+garish or all alike, texts grow longer or repeat themselves, and a held-out judge falls while the trained one rises.
+These numbers cost nothing, so they are always taken (`stats/*` in eval.jsonl); alarms go to events.jsonl and the
+report.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from unified_rl.types import Completion
+
+SIDE = 64
+"""Pictures are compared at this size at most."""
+THUMBNAIL = 8
+EDGE = 0.1
+"""Difference of neighbouring pixels, of 1, that makes an edge."""
+FACTOR = 2.0
+"""How many times higher or lower than the base model's a statistic may be."""
+LEAST = {
+    "entropy": 0.5,
+    "edges": 0.05,
+    "high_frequencies": 0.05,
+    "saturation": 0.1,
+    "diversity": 0.05,
+    "length": 5.0,
+    "repetition": 0.1,
+    "distinct": 0.1,
+}
+"""Changes below this are never alarming, whatever their factor."""
+MEANINGS = {
+    "entropy": "the spread of grey levels",
+    "edges": "the share of edges",
+    "high_frequencies": "the energy of fine detail",
+    "saturation": "the saturation of colours",
+    "diversity": "the difference between samples",
+    "length": "the number of words",
+    "repetition": "the share of repeated word triples",
+    "distinct": "the share of different word pairs",
+}
+
+
+def statistics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Means over samples, by name; empty if there are none.
+
+    Of pictures: `entropy` of 32 grey levels in bits, `edges` (share of pixels), `high_frequencies` (share of the
+    spectrum's energy above half the highest frequency, the mean level left out), `saturation` (0 to 1), and
+    `diversity`, the root mean square distance between thumbnails of different samples (0 to 1).
+    Of texts: `length` in words, `repetition` (share of word triples that occurred before in the same text), `distinct`
+    (different word pairs by all pairs).
+    """
+    pictures = [completion.images[0] for completion in completions if completion.images]
+    texts = [completion.text for completion in completions if completion.text is not None and not completion.images]
+    return {**(_of_pictures(pictures) if pictures else {}), **(_of_texts(texts) if texts else {})}
+
+
+def alarms(base: Mapping[str, float | None], now: Mapping[str, float | None], trained: Sequence[str]) -> list[str]:
+    """What an evaluation says against the base model's.
+
+    Args:
+        base, now: rows of eval.jsonl.
+        trained: the rewards with a weight other than 0; the others judge.
+    """
+    found = []
+    for name, meaning in MEANINGS.items():
+        before, after = base.get(f"stats/{name}"), now.get(f"stats/{name}")
+        if before is None or after is None or abs(after - before) < LEAST[name]:
+            continue
+        if not before / FACTOR <= after <= before * FACTOR:
+            found.append(f"{meaning} went from {before:.3g} to {after:.3g}: look whether the reward is being exploited")
+    before, after = base.get("reward"), now.get("reward")
+    if before is None or after is None or after <= before:
+        return found
+    for key in base:
+        name = key.removeprefix("rewards/").removesuffix("/mean")
+        was, is_now, spread = base[key], now.get(key), base.get(f"rewards/{name}/std")
+        if not key.endswith("/mean") or name in trained or was is None or is_now is None or spread is None:
+            continue
+        noise = 2.0 * spread / math.sqrt(max(now.get("num_samples") or 1.0, 1.0))
+        if was - is_now > max(noise, 1e-9):
+            found.append(f"{name}, which is not trained on, fell from {was:.3g} to {is_now:.3g} while the reward rose")
+    return found
+
+
+def _of_pictures(pictures: Sequence[Image.Image]) -> dict[str, float]:
+    greys, saturations, thumbnails = [], [], []
+    for picture in pictures:
+        small = picture.convert("RGB")
+        small.thumbnail((SIDE, SIDE))
+        colours = np.asarray(small, dtype=np.float64) / 255.0
+        greys.append(colours.mean(-1))
+        highest = colours.max(-1)
+        saturations.append(float(((highest - colours.min(-1)) / np.maximum(highest, 1e-6)).mean()))
+        thumbnails.append(np.asarray(picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL)), dtype=np.float64) / 255.0)
+    stack = np.stack(thumbnails).reshape(len(thumbnails), -1)
+    # mean |a - b|^2 over different pairs is twice the unbiased variance
+    variance = stack.var(axis=0, ddof=1).mean() if len(stack) > 1 else 0.0
+    return {
+        "entropy": float(np.mean([_entropy(grey) for grey in greys])),
+        "edges": float(np.mean([_edges(grey) for grey in greys])),
+        "high_frequencies": float(np.mean([_high_frequencies(grey) for grey in greys])),
+        "saturation": float(np.mean(saturations)),
+        "diversity": float(np.sqrt(2.0 * variance)),
+    }
+
+
+def _entropy(grey: np.ndarray) -> float:
+    shares = np.histogram(grey, bins=32, range=(0.0, 1.0))[0] / grey.size
+    shares = shares[shares > 0]
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def _edges(grey: np.ndarray) -> float:
+    steps = [np.abs(np.diff(grey, axis=axis)) > EDGE for axis in (0, 1)]
+    return float(np.mean([step.mean() for step in steps if step.size]))
+
+
+def _high_frequencies(grey: np.ndarray) -> float:
+    energy = np.abs(np.fft.fft2(grey - grey.mean())) ** 2
+    rows, columns = (np.abs(np.fft.fftfreq(length)) for length in grey.shape)
+    total = energy.sum()
+    return float(energy[np.maximum.outer(rows, columns) > 0.25].sum() / total) if total > 1e-9 else 0.0
+
+
+def _of_texts(texts: Sequence[str]) -> dict[str, float]:
+    words = [text.lower().split() for text in texts]
+    triples = [list(zip(each, each[1:], each[2:], strict=False)) for each in words]
+    repeated = [1.0 - len(set(each)) / len(each) for each in triples if each]
+    pairs = [pair for each in words for pair in itertools.pairwise(each)]
+    return {
+        "length": float(np.mean([len(each) for each in words])),
+        "repetition": float(np.mean(repeated)) if repeated else 0.0,
+        "distinct": len(set(pairs)) / len(pairs) if pairs else 1.0,
+    }
