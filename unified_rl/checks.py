@@ -8,7 +8,7 @@ from unified_rl.data.sources import check_source
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.imports import check_import
 from unified_rl.recipe import Recipe
-from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
+from unified_rl.recipe_policy import PIPELINES, DiffusionSampling, PolicyBlock
 from unified_rl.rewards import check_rewards
 
 
@@ -27,7 +27,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
 def _check_model(policy: PolicyBlock) -> list[str]:
     folder = Path(policy.model)
-    needed = "model_index.json" if policy.family == "diffusion" else "config.json"
+    needed = "model_index.json" if policy.family in PIPELINES else "config.json"
     if folder.is_dir():
         if not (folder / needed).is_file():
             raise RecipeError(f"policy.model: {folder} has no {needed}, which a {policy.family} model needs")

@@ -15,7 +15,7 @@ from unified_rl.recipe import Recipe
 from unified_rl.recipe_block import Block
 from unified_rl.recipe_file import shipped_recipes
 from unified_rl.recipe_objective import Objective
-from unified_rl.recipe_policy import SAMPLING, DiffusionSampling
+from unified_rl.recipe_policy import PIPELINES, SAMPLING, DiffusionSampling
 from unified_rl.rewards import list_rewards
 from unified_rl.step_counts import trained_segments, trained_steps
 from unified_rl.weights import Sizes, measure
@@ -55,6 +55,7 @@ _MEANINGS = {
 _POLICIES = {
     "diffusion": "any diffusers pipeline of the flow-matching or DDPM/DDIM family (a folder with model_index.json)",
     "causal_lm": "any transformers generator, text or vision-language (a folder with config.json)",
+    "masked_diffusion": "a diffusers pipeline that fills in tokens (aMUSEd: a folder with model_index.json)",
     "image_tokens": "a transformers model that draws with tokens (Janus, Janus-Pro, Emu3), and may think first",
 }
 
@@ -82,7 +83,7 @@ def plan(recipe: Recipe) -> Plan:
     windows = math.ceil(per_update / recipe.engine.micro_batch)
     num_rollouts = math.ceil(recipe.num_steps / recipe.updates_per_rollout)
     steps = trained_steps(recipe)
-    if isinstance(recipe.policy.sampling, DiffusionSampling) and steps is not None:
+    if recipe.policy.family in PIPELINES and steps is not None:
         windows *= steps  # one forward for each denoising step
     else:
         windows *= len(trained_segments(recipe))
@@ -139,7 +140,7 @@ def _policy_lines(recipe: Recipe) -> list[tuple[str, str]]:
         targets = "the attention projections" if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
         trained = f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}"
     else:
-        default = "" if policy.family == "diffusion" else " without the vision tower, if there is one"
+        default = "" if policy.family in PIPELINES else " without the vision tower, if there is one"
         trained = "full fine-tuning" + (f" of {' | '.join(policy.train)}" if policy.train else default)
     return [
         ("model", policy.model + (f" @ {policy.revision}" if policy.revision else "")),
@@ -192,7 +193,7 @@ def _estimate(sizes: Sizes) -> str:
 
 
 def _work_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
-    per_trajectory = "denoising steps" if recipe.policy.family == "diffusion" else "tokens"
+    per_trajectory = "denoising steps" if recipe.policy.family in PIPELINES else "tokens"
     steps = "all" if counts.steps_trained is None else f"at most {counts.steps_trained}"
     return [
         ("rollout", f"{recipe.prompts_per_step} prompts x {recipe.group_size} = {counts.samples_per_rollout} samples"),

@@ -13,26 +13,33 @@ LOSS_NAMES = ["clip", "cispo", "sapo", "reinforce", "drpo", "spo", "guard", "dpp
 GAUSSIAN_LOSSES = ("guard", "dppo")
 """Losses that compare the means of Gaussian steps."""
 ALL_AT_ONCE = {"causal_lm", "image_tokens"}
-"""Families that evaluate all steps of a sequence in one forward, and whose steps are drawn from a vocabulary."""
+"""Families that evaluate all steps of a sequence in one forward."""
+CATEGORICAL = ALL_AT_ONCE | {"masked_diffusion"}
+"""Families whose steps are drawn from a vocabulary."""
 
 
 def refusals(objective: "Objective", family: str) -> Iterator[tuple[str, str]]:
     """(key, reason and alternative) for each combination that is refused."""
-    yield from method_refusals(objective, family in ALL_AT_ONCE)
+    yield from method_refusals(objective, family in CATEGORICAL)
+    yield from _of_the_steps(objective, family)
     yield from _of_the_family(objective, family in ALL_AT_ONCE)
     yield from _of_the_kl(objective)
     yield from _of_the_loss(objective)
     yield from _of_the_critic(objective, family in ALL_AT_ONCE)
 
 
-def _of_the_family(objective: "Objective", tokens: bool) -> Iterator[tuple[str, str]]:
-    if tokens:
+def _of_the_steps(objective: "Objective", family: str) -> Iterator[tuple[str, str]]:
+    if family in CATEGORICAL:
         if objective.kl.estimator == "gaussian" and objective.kl.coef:
             yield "kl", "gaussian needs Gaussian steps; use k3 for tokens"
-        if objective.train_steps is not None:
-            yield "train_steps", "for denoising steps; tokens are trained together"
         if objective.loss in GAUSSIAN_LOSSES:
             yield "loss", f"{objective.loss} compares means of Gaussian steps, tokens have none; use clip or drpo"
+
+
+def _of_the_family(objective: "Objective", tokens: bool) -> Iterator[tuple[str, str]]:
+    if tokens:
+        if objective.train_steps is not None:
+            yield "train_steps", "for denoising steps; tokens are trained together"
         return
     if objective.overlong != "keep":
         yield "overlong", "for completions of tokens; every denoising trajectory has the same length"
@@ -42,7 +49,7 @@ def _of_the_family(objective: "Objective", tokens: bool) -> Iterator[tuple[str, 
         yield "off_policy_mask", "needs all steps in one forward; use correction {mode: mask, level: sequence}"
     if objective.entropy_coef or objective.entropy_target is not None or objective.top_entropy < 1:
         key = "top_entropy" if objective.top_entropy < 1 else "entropy_coef"
-        yield key, "a denoising step's noise is fixed, so it has no entropy to train; use kl against collapse"
+        yield key, "the entropy of denoising steps is not evaluated (Gaussian noise is fixed); use kl against collapse"
 
 
 def _of_the_kl(objective: "Objective") -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from unified_rl.method_rules import method_conflicts
 from unified_rl.objective_rules import refusals
 from unified_rl.recipe_block import Block
 from unified_rl.recipe_objective import Objective
-from unified_rl.recipe_policy import PolicyBlock
+from unified_rl.recipe_policy import PIPELINES, PolicyBlock
 from unified_rl.recipe_reward import RewardBlock
 from unified_rl.recipe_snapshot import Ema, Snapshot
 
@@ -142,7 +142,7 @@ class Recipe(Block):
             )
         if self.evaluation.weights == "ema" and self.ema is None:
             raise ValueError("evaluation.weights: ema needs the block ema, for instance ema: {decay: 0.99}")
-        if self.engine.micro_batch_tokens is not None and self.policy.family == "diffusion":
+        if self.engine.micro_batch_tokens is not None and self.policy.family in PIPELINES:
             raise ValueError("engine.micro_batch_tokens: for language models; a denoiser's rows all cost the same")
         if self.optimizer.critic_lr is not None and all(part.advantage != "gae" for part in self.objective.values()):
             raise ValueError("optimizer.critic_lr: there is no critic; leave it out, or say objective.advantage: gae")

@@ -15,13 +15,13 @@ from unified_rl.errors import RecipeError, nearest
 from unified_rl.presets import PRESETS
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_objective import Objective
-from unified_rl.recipe_policy import IMAGE_TOKEN_MODELS, SAMPLING, exam_sampling
+from unified_rl.recipe_policy import IMAGE_TOKEN_MODELS, MASKED_PIPELINES, SAMPLING, exam_sampling
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 """Where the recipes that ship with the project lie; they may be named without their path."""
 
 
-_OURS = {"all", "DiffusionSampling", "TextSampling", "ImageTokenSampling"}
+_OURS = {"all", "DiffusionSampling", "TextSampling", "ImageTokenSampling", "MaskedDiffusionSampling"}
 """Parts of pydantic's locations that no user wrote: our key for all segments, and the members of a union."""
 PARTS = ("kl", "correction", "critic", "reward_gradient")
 """Keys of an objective that are blocks themselves."""
@@ -165,19 +165,24 @@ def _check_exam(raw: dict) -> None:
 
 def _family_of(folder: Path) -> str:
     if (folder / "model_index.json").is_file():
-        return "diffusion"
+        return (
+            "masked_diffusion"
+            if _named(folder / "model_index.json", "_class_name") in MASKED_PIPELINES
+            else "diffusion"
+        )
     if (folder / "config.json").is_file():
-        return "image_tokens" if _model_type(folder) in IMAGE_TOKEN_MODELS else "causal_lm"
+        return "image_tokens" if _named(folder / "config.json", "model_type") in IMAGE_TOKEN_MODELS else "causal_lm"
     if folder.is_absolute() or folder.parts[:1] == (".",):
         raise RecipeError(f"policy.model: {folder} has neither model_index.json (diffusers) nor config.json")
     raise RecipeError(f"policy.model: no folder {folder}; for a hub name, say policy.family: {' or '.join(SAMPLING)}")
 
 
-def _model_type(folder: Path) -> str | None:
+def _named(file: Path, key: str) -> str | None:
+    """A value of a model's JSON file, None if it has none."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        return json.loads(file.read_text(encoding="utf-8")).get(key)
     except (ValueError, AttributeError) as error:
-        raise RecipeError(f"policy.model: {folder / 'config.json'} is no JSON object: {error}") from error
+        raise RecipeError(f"policy.model: {file} is no JSON object: {error}") from error
 
 
 def _resolve_objective(raw: Any) -> dict:

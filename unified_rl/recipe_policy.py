@@ -121,6 +121,42 @@ class ImageTokenSampling(TokenSampling):
     """Further arguments of the model's processor, for instance ratio and image_area (Emu3)."""
 
 
+class MaskedDiffusionSampling(Block):
+    """The behaviour policy of a masked-diffusion pipeline (aMUSEd), and how its likelihood is evaluated."""
+
+    num_inference_steps: int = Field(default=12, ge=1)
+    estimator: Literal["trajectory", "random_mask", "coupled_mask"] = "trajectory"
+    """What is scored. trajectory: the tokens that each step of the sampler commits, in their own context (exact).
+    random_mask: the finished picture's tokens under num_masks random masks (UniGRPO). coupled_mask: under num_masks
+    pairs of complementary masks, so that every token is scored."""
+    num_masks: int = Field(default=2, ge=1)
+    mask_ratio: tuple[float, float] = (0.1, 0.9)
+    """Range that the masked share of the estimators is drawn from."""
+    call: dict[str, Any] = {}
+    """Further arguments of the pipeline's call, for instance guidance_scale, temperature."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MaskedDiffusionSampling":
+        low, high = self.mask_ratio
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"mask_ratio: [{low:g}, {high:g}] is no range of shares; try [0.1, 0.9]")
+        if self.estimator != "trajectory" and self.num_scored >= self.num_inference_steps:
+            raise ValueError(
+                f"num_masks: {self.estimator} replays {self.num_scored} states in the sampler's loop, which has only"
+                f" {self.num_inference_steps} steps (num_inference_steps); it needs one more than states"
+            )
+        return self
+
+    @property
+    def num_scored(self) -> int:
+        """Steps of a trajectory that are scored."""
+        return {
+            "trajectory": self.num_inference_steps,
+            "random_mask": self.num_masks,
+            "coupled_mask": 2 * self.num_masks,
+        }[self.estimator]
+
+
 def exam_sampling(sampling: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """The sampling settings of evaluation: those of the policy with `changes`, call arguments one by one."""
     merged = {**sampling, **changes}
@@ -133,7 +169,12 @@ SAMPLING: dict[str, type[Block]] = {
     "diffusion": DiffusionSampling,
     "causal_lm": TextSampling,
     "image_tokens": ImageTokenSampling,
+    "masked_diffusion": MaskedDiffusionSampling,
 }
+PIPELINES = ("diffusion", "masked_diffusion")
+"""Families that are diffusers pipelines, with a folder a component; the others are transformers models."""
+MASKED_PIPELINES = ("AmusedPipeline",)
+"""`_class_name` in model_index.json of the pipelines that fill in tokens."""
 IMAGE_TOKEN_MODELS = ("janus", "emu3")
 """`model_type` of the transformers models that draw; to train one of them to answer, say family: causal_lm."""
 
@@ -161,7 +202,7 @@ class PolicyBlock(Block):
     """A folder written by `save_pretrained`, or a hub name."""
     revision: str | None = None
     """Revision of a hub name; pin it."""
-    family: Literal["diffusion", "causal_lm", "image_tokens"]
+    family: Literal["diffusion", "causal_lm", "image_tokens", "masked_diffusion"]
     """Found from the model if left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: str | None = None
@@ -173,11 +214,11 @@ class PolicyBlock(Block):
     adapter: Adapter = Adapter()
     train: list[str] | None = None
     """Regular expressions on parameter names: only matching parameters are trained. None: the family's default."""
-    sampling: DiffusionSampling | TextSampling | ImageTokenSampling
+    sampling: DiffusionSampling | TextSampling | ImageTokenSampling | MaskedDiffusionSampling
 
     @property
     def segments(self) -> tuple[str, ...]:
         """Names of the segments of this policy's trajectories, in the order in which they are sampled."""
         if isinstance(self.sampling, ImageTokenSampling):
             return ("image",) if self.sampling.think is None else ("text", "image")
-        return ("image",) if self.family == "diffusion" else ("text",)
+        return ("image",) if self.family in PIPELINES else ("text",)

@@ -4,7 +4,13 @@ import json
 from pathlib import Path
 
 from unified_rl.recipe import Recipe
-from unified_rl.recipe_policy import DiffusionSampling, ImageTokenSampling, PolicyBlock, TextSampling
+from unified_rl.recipe_policy import (
+    DiffusionSampling,
+    ImageTokenSampling,
+    MaskedDiffusionSampling,
+    PolicyBlock,
+    TextSampling,
+)
 
 
 def trained_steps(recipe: Recipe) -> int | None:
@@ -26,6 +32,8 @@ def _of_segment(recipe: Recipe, name: str) -> int | None:
     if isinstance(sampling, DiffusionSampling):
         by_steps = "steps" in recipe.objective_for(name).kinds
         most = sampling.num_noisy if by_steps else sampling.num_inference_steps
+    elif isinstance(sampling, MaskedDiffusionSampling):
+        most = sampling.num_scored
     elif isinstance(sampling, TextSampling):
         most = sampling.max_new_tokens
     elif name == "text":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unified_rl.errors import RecipeError
-from unified_rl.recipe_policy import PolicyBlock
+from unified_rl.recipe_policy import PIPELINES, PolicyBlock
 
 DENOISERS = ("transformer", "unet", "prior")
 """Folders of a diffusers pipeline that hold what is trained; the first one that exists."""
@@ -75,7 +75,7 @@ def read_shapes(folder: Path) -> Shapes:
 
 
 def _component_folders(folder: Path, family: str) -> dict[str, Path]:
-    if family != "diffusion":
+    if family not in PIPELINES:
         return {"model": folder}
     return {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()} if folder.is_dir() else {}
 
@@ -107,7 +107,7 @@ def _read_header(file: Path) -> Shapes:
 
 def _count_trained(policy: PolicyBlock, shapes: Shapes) -> int:
     adapter, patterns = policy.adapter, policy.train
-    if policy.family != "diffusion" and (patterns is None or adapter.kind == "lora"):
+    if policy.family not in PIPELINES and (patterns is None or adapter.kind == "lora"):
         shapes = {name: shape for name, shape in shapes.items() if not _VISION.search(name)}
     if adapter.kind == "lora":
         adapted = [shape for name, shape in shapes.items() if len(shape) == 2 and _is_target(name, adapter.targets)]

@@ -359,8 +359,8 @@ def test_a_loss_from_a_file(tmp_path: Path):
         ({"loss": "sapo", "delta": 4.0}, Bandit, "delta: bounds the clip loss"),
         ({"correction": {"mode": "mask"}}, Bandit, "correction: compares recomputed log-probs"),
         ({"off_policy_mask": 0.1}, Walker, "off_policy_mask: needs all steps in one forward"),
-        ({"top_entropy": 0.2}, Walker, "top_entropy: a denoising step's noise is fixed"),
-        ({"entropy_coef": 0.2}, Walker, "entropy_coef: a denoising step's noise is fixed"),
+        ({"top_entropy": 0.2}, Walker, "top_entropy: the entropy of denoising steps"),
+        ({"entropy_coef": 0.2}, Walker, "entropy_coef: the entropy of denoising steps"),
         ({"kl": {"target": 0.1}}, Bandit, "kl.target: needs a coef above 0"),
         ({"kl": {"coef": 0.1, "estimator": "k1"}}, Bandit, "kl.estimator: k1 has no gradient on average"),
         (

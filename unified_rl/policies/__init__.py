@@ -19,7 +19,7 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
         UnsupportedPipelineError: if a pipeline cannot be replayed exactly.
     """
     from unified_rl.errors import RecipeError
-    from unified_rl.recipe_policy import SAMPLING, exam_sampling
+    from unified_rl.recipe_policy import PIPELINES, SAMPLING, exam_sampling
 
     _quiet_libraries()
     block = recipe.policy
@@ -28,10 +28,12 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
     )
     with_reference = any(objective.needs_reference for objective in recipe.objective.values())
     try:
-        if block.family == "diffusion":
+        if block.family in PIPELINES:
             from unified_rl.policies.diffusion import DiffusionPolicy
+            from unified_rl.policies.masked_diffusion import MaskedDiffusionPolicy
 
-            return DiffusionPolicy.load(
+            pipeline = MaskedDiffusionPolicy if block.family == "masked_diffusion" else DiffusionPolicy
+            return pipeline.load(
                 block, evaluation=evaluation, with_reference=with_reference, device=device, seed=recipe.seed
             )
         from unified_rl.policies.causal_lm import CausalLMPolicy

@@ -75,20 +75,19 @@ class DiffusionPolicy:
             UnsupportedPipelineError: if the pipeline's structure or scheduler cannot be replayed exactly.
             RecipeError: if the adapter or train patterns match nothing, or a call argument does not exist.
         """
-        assert isinstance(block.sampling, DiffusionSampling)
         self.version = 0
         self.rollout = 0
-        self.max_steps: Mapping[str, int] = {SEGMENT: block.sampling.num_noisy}
+        self.max_steps: Mapping[str, int] = {}
         self._seed = seed
         self._pipeline = pipeline
         self._block = block
-        self._settings = {False: block.sampling, True: evaluation or block.sampling}
+        self._settings: dict[bool, Any] = {False: block.sampling, True: evaluation or block.sampling}
         self._call_defaults = dict(call_defaults or {})
         self._name = _denoiser_name(pipeline)
         self._head = SchedulerHead()
         if "scheduler" not in pipeline.components:
             raise UnsupportedPipelineError(f"{type(pipeline).__name__}: no component named scheduler")
-        pipeline.scheduler = stochastic_scheduler(pipeline.scheduler, block.sampling.kernel, self._head)
+        self._take_scheduler()
         pipeline.set_progress_bar_config(disable=True)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
@@ -106,6 +105,20 @@ class DiffusionPolicy:
         select_trained(self.module, block.train)
         savings.apply(pipeline, self.module, block)
         self._encoders = Encoders(pipeline, block.memory.text_encoders)
+
+    def _take_scheduler(self) -> None:
+        """Put the policy head in the place of the pipeline's scheduler."""
+        sampling = self._block.sampling
+        assert isinstance(sampling, DiffusionSampling)
+        self.max_steps = {SEGMENT: sampling.num_noisy}
+        self._pipeline.scheduler = stochastic_scheduler(self._pipeline.scheduler, sampling.kernel, self._head)
+
+    def _begin(self, tape: Pass, settings: DiffusionSampling, noisy: list[int] | None) -> None:
+        """Give the head its pass."""
+        self._head.begin(tape, noise_level=settings.noise_level, noisy=noisy)
+
+    def _end(self) -> None:
+        self._head.current = None
 
     @classmethod
     def load(
@@ -337,7 +350,7 @@ class DiffusionPolicy:
     ) -> Iterator[None]:
         """Drive the loop by `tape`, the denoiser's forward wrapped by `denoise`."""
         module = getattr(self._pipeline, self._name)
-        self._head.begin(tape, noise_level=settings.noise_level, noisy=noisy)
+        self._begin(tape, settings, noisy)
         self._encoders.seeds = self._noise_seeds(prompts, settings)
         module.forward = functools.wraps(module.forward)(functools.partial(denoise, module.forward))
         devices = [self._device] if self._device.type == "cuda" else []
@@ -353,7 +366,7 @@ class DiffusionPolicy:
                     )
         finally:
             del module.forward  # the instance's; the class's own comes back
-            self._head.current = None
+            self._end()
 
 
 def _denoiser_name(pipeline: Any) -> str:

@@ -32,11 +32,11 @@ def remember(model: Any, memo: Memo) -> None:
     """Put `memo` before every vision encoder of `model` of which nothing is trained."""
     for number, tower in enumerate(find_towers(model)):
         if not any(parameter.requires_grad for parameter in tower.parameters()):
-            tower.forward = _Remembered(tower, f"tower {number}", memo)
+            tower.forward = Remembered(tower, f"tower {number}", memo)
 
 
-class _Remembered:
-    """The forward of a tower, behind a memo."""
+class Remembered:
+    """The forward of a frozen encoder, behind a memo."""
 
     def __init__(self, tower: nn.Module, name: str, memo: Memo) -> None:
         self._tower, self._name, self._memo = tower, name, memo
