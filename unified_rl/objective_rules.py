@@ -25,7 +25,7 @@ def refusals(objective: "Objective", family: str) -> Iterator[tuple[str, str]]:
     yield from _of_the_family(objective, family in ALL_AT_ONCE)
     yield from _of_the_kl(objective)
     yield from _of_the_loss(objective)
-    yield from _of_the_critic(objective, family in ALL_AT_ONCE)
+    yield from _of_the_critic(objective, family)
 
 
 def _of_the_steps(objective: "Objective", family: str) -> Iterator[tuple[str, str]]:
@@ -88,17 +88,19 @@ def _of_the_loss(objective: "Objective") -> Iterator[tuple[str, str]]:
         yield "prompt_min_count", "more than prompt_buffer can hold, so a prompt's past is never used; lower it"
 
 
-def _of_the_critic(objective: "Objective", tokens: bool) -> Iterator[tuple[str, str]]:
+def _of_the_critic(objective: "Objective", family: str) -> Iterator[tuple[str, str]]:
     critic = objective.critic
     if objective.advantage != "gae":
         if critic != type(critic)():
             kind = objective.advantage
             yield "critic", f"{kind} compares rewards with each other and has no critic; leave it out, or use gae"
         return
+    if family in ("image_tokens", "masked_diffusion"):
+        yield "advantage", f"gae has no critic for {family} policies yet; use group_std"
     if objective.ratio == "sequence":
         yield "ratio", "gae has an advantage for each step, a sequence's ratio one for all; use token or sequence_token"
     if critic.trunk_gradient and critic.network == "separate":
         yield "critic.trunk_gradient", "for a head on the policy; a separate network always trains its own trunk"
-    if not tokens and (critic.network == "separate" or critic.trunk_gradient):
+    if family not in ALL_AT_ONCE and (critic.network == "separate" or critic.trunk_gradient):
         key = "trunk_gradient" if critic.trunk_gradient else "network"
         yield f"critic.{key}", "a denoising step's critic always is a network of its own; leave it out"

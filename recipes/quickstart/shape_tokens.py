@@ -106,4 +106,5 @@ def train_autoencoder(
         optimizer.step()
         if step % 100 == 96:
             spent = time.monotonic() - start
-            print(f"autoencoder step {step + 1} drawn {drawn.item():.5f} seen {seen.item():.5f}, {spent:.0f} s", flush=True)
+            losses = f"drawn {drawn.item():.5f} seen {seen.item():.5f}"
+            print(f"autoencoder step {step + 1} {losses}, {spent:.0f} s", flush=True)
