@@ -14,14 +14,22 @@ from torch import Tensor
 Normalise = Literal["group_std", "group_mean", "global_std", "rloo", "group_whitened"]
 
 STD_EPS = 1e-4
-"""Added to every std that divides, in reward units (as TRL and flow_grpo do)."""
+"""Added to every std that divides, in reward units, unless something else is asked for (as TRL and flow_grpo do)."""
 
 TIE_TOLERANCE = 1e-6
 """Rewards are tied if their spread is at most this share of the largest one: float32 noise of a reward model must not
 be blown up into advantages of +-1."""
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalise: Normalise, clip: float | None = None) -> Tensor:
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    normalise: Normalise,
+    clip: float | None = None,
+    std_eps: float = STD_EPS,
+    population_std: bool = False,
+) -> Tensor:
     """Advantages of N samples over their groups.
 
     - group_std: (r - mean of the group) / (std of the group + STD_EPS): GRPO (arXiv 2402.03300, section 4.1.2).
@@ -39,6 +47,8 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalise: Normalise
         group_ids: [N] int64, in any order; groups may differ in size.
         normalise: see above.
         clip: clamp the result to +-clip; None leaves it.
+        std_eps: added to every std that divides, in place of STD_EPS.
+        population_std: divide squares by their number, not by one less.
 
     Returns:
         [N] in the dtype of the rewards, finite.
@@ -46,23 +56,24 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalise: Normalise
     Raises:
         ValueError: for an infinite reward or an unknown normalisation.
     """
-    groups = _GroupStatistics(rewards, group_ids)
+    groups = _GroupStatistics(rewards, group_ids, population_std)
+    correction = 0 if population_std else 1
     centred = (groups.rewards - groups.mean[groups.index]).masked_fill(groups.tied[groups.index] | ~groups.valid, 0.0)
     if normalise == "group_std":
-        advantages = centred / (groups.std[groups.index] + STD_EPS)
+        advantages = centred / (groups.std[groups.index] + std_eps)
     elif normalise == "group_mean":
         advantages = centred
     elif normalise == "global_std":
         valid = groups.rewards[groups.valid]
         # With fewer than two valid samples every group is tied, and `centred` is 0 already.
-        advantages = centred / (valid.std() + STD_EPS) if len(valid) > 1 else centred
+        advantages = centred / (valid.std(correction=correction) + std_eps) if len(valid) > 1 else centred
     elif normalise == "rloo":
         count = groups.count[groups.index]
         advantages = centred * count / (count - 1.0).clamp(min=1.0)
     elif normalise == "group_whitened":
         # The mean of the centred rewards is 0 by construction, so whitening only has to divide.
         kept = centred[groups.valid]
-        advantages = centred / (kept.std() + STD_EPS) if len(kept) > 1 else centred
+        advantages = centred / (kept.std(correction=correction) + std_eps) if len(kept) > 1 else centred
     else:
         raise ValueError(f"normalise {normalise!r}; known: {', '.join(get_args(Normalise))}")
     return _finish(advantages, clip, rewards)
@@ -224,7 +235,7 @@ def _tied(high: Tensor, low: Tensor) -> Tensor:
 class _GroupStatistics:
     """Count, mean, std and ties of each of K groups, over the valid samples."""
 
-    def __init__(self, rewards: Tensor, group_ids: Tensor) -> None:
+    def __init__(self, rewards: Tensor, group_ids: Tensor, population_std: bool = False) -> None:
         assert rewards.ndim == 1 and group_ids.shape == rewards.shape, "rewards and group_ids must be [N]"
         if bool(rewards.isinf().any()):
             raise ValueError("a reward is infinite; return None or NaN to exclude a sample")
@@ -235,7 +246,8 @@ class _GroupStatistics:
         self.count = zeros.index_add(0, self.index, self.valid.double())
         self.mean = zeros.index_add(0, self.index, self.rewards) / self.count.clamp(min=1.0)
         squares = (self.rewards - self.mean[self.index]).square().masked_fill(~self.valid, 0.0)
-        self.std = (zeros.index_add(0, self.index, squares) / (self.count - 1.0).clamp(min=1.0)).sqrt()
+        freedom = self.count if population_std else self.count - 1.0
+        self.std = (zeros.index_add(0, self.index, squares) / freedom.clamp(min=1.0)).sqrt()
         high = self._extreme(zeros, self.rewards, "amax")
         low = self._extreme(zeros, self.rewards, "amin")
         self.tied = _tied(high, low)

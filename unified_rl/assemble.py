@@ -1,5 +1,6 @@
 """What a run is made of, loaded from its recipe."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,11 +64,15 @@ def assemble(recipe: Recipe, run: Run) -> Parts:
         policy = add_critics(policy, recipe, sampler.rollout(0, rank=0, world_size=1)[:1])
     by_gradient = any("reward" in objective.kinds for objective in recipe.objective.values())
     engine = build_engine(policy.module, recipe, num_steps=recipe.num_steps)
+    snapshots = Snapshots(engine, recipe.all_snapshots)
+    if recipe.kl_reference is not None:
+        # The reference moves with the weights: in place of the policy's own, a copy that the trainer keeps.
+        policy.reference = functools.partial(snapshots.use, recipe.kl_reference)  # type: ignore[method-assign]
     return Parts(
         recipe=recipe,
         policy=policy,
         engine=engine,
-        snapshots=Snapshots(engine, recipe.all_snapshots),
+        snapshots=snapshots,
         rewards=rewards,
         sampler=sampler,
         exam=exam,

@@ -10,7 +10,7 @@ import yaml
 
 from unified_rl.explain_method import method_lines
 from unified_rl.policies.noise_plan import noisy_steps
-from unified_rl.presets import PRESETS
+from unified_rl.presets import PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_block import Block
 from unified_rl.recipe_file import shipped_recipes
@@ -38,7 +38,9 @@ _MEANINGS = {
     "token": "of each step",
     "sequence": "of the whole sequence (geometric mean)",
     "sequence_token": "of the whole sequence, with the gradient of each step",
+    "sequence_product": "of the whole sequence, exact (product over steps)",
     "none": "no ratio",
+    "vespo": "REINFORCE with smooth, detached weights of whole sequences",
     "reinforce": "score function, no ratio",
     "drpo": "quadratic penalty on the ratio, weighted by the old probability",
     "spo": "quadratic penalty on the ratio",
@@ -127,10 +129,15 @@ def listing(kind: str) -> str:
     elif kind == "objectives":
         lines = _key_lines(Objective)
     elif kind == "presets":
-        lines = [(name, f"{paper}: {_compact(keys)}") for name, (paper, keys) in PRESETS.items()]
+        lines = [(name, f"{paper}: {_compact(keys)}{_sampling_keys(name)}") for name, (paper, keys) in PRESETS.items()]
     else:
         lines = [(path.stem, _first_comment(path.read_text(encoding="utf-8"))) for path in shipped_recipes()]
     return _aligned(lines, indent="")
+
+
+def _sampling_keys(preset: str) -> str:
+    keys = SAMPLING_PRESETS.get(preset)
+    return f"; policy.sampling: {_compact(keys)}" if keys else ""
 
 
 def _policy_lines(recipe: Recipe) -> list[tuple[str, str]]:

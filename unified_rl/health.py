@@ -11,6 +11,10 @@ NOISE_MARGIN = 3.0
 """A clip range has to be this many times the replay gap, else it cuts rounding noise (verl-omni, pull request 291)."""
 ENTROPY_LEFT = 0.1
 """Share of the run's first entropy below which it has collapsed."""
+MIN_WITH_GRADIENT = 0.1
+"""Share of the samples with an advantage below which a rollout is mostly wasted."""
+USELESS_CRITIC = 0.0
+"""Explained variance below which a critic is worse than a constant."""
 MAX_KL = 1.0
 """Nats a step from the reference, or from the start of the update, that no healthy run has."""
 
@@ -23,7 +27,8 @@ class Health:
         ranges = [min(objective.clip_low, objective.clip_high) for objective in clipped]
         # With one update a rollout every ratio is 1, and no clip acts.
         self._clip = min(ranges, default=math.inf) if recipe.updates_per_rollout > 1 else math.inf
-        self._flat = 0
+        self._grouped = recipe.group_size > 1
+        self._flat = self._sparse = self._blind = 0
         self._first_entropy: float | None = None
         self._told: set[str] = set()
 
@@ -34,14 +39,18 @@ class Health:
             new_rollout: the row is that of the first update of a rollout.
         """
         if new_rollout:
-            self._flat = self._flat + 1 if row.get("frac_reward_zero_std") == 1.0 else 0
+            flat = self._grouped and row.get("frac_reward_zero_std") == 1.0
+            self._flat = self._flat + 1 if flat else 0
+            sparse = not flat and row.get("frac_samples_with_gradient", 1.0) < MIN_WITH_GRADIENT
+            self._sparse = self._sparse + 1 if sparse else 0
+            self._blind = self._blind + 1 if row.get("value/explained_variance", 1.0) < USELESS_CRITIC else 0
         entropy = row.get("entropy")
         if self._first_entropy is None and entropy is not None:
             self._first_entropy = entropy
         found = dict(self._causes(row, new_rollout))
         fresh = [message for cause, message in found.items() if cause not in self._told]
         # The replay gap and the rewards are only known at a rollout's first update; later rows keep what they said.
-        kept = set() if new_rollout else self._told & {"noise", "flat", "gradient"}
+        kept = set() if new_rollout else self._told & {"noise", "flat", "gradient", "sparse", "critic"}
         self._told = set(found) | kept
         return fresh
 
@@ -73,3 +82,14 @@ class Health:
             yield "flat", message + "is the task too hard or too easy, or the sampling too cold?"
         elif row.get("frac_samples_with_gradient", 1.0) == 0.0 and row.get("frac_reward_zero_std") != 1.0:
             yield "gradient", "no sample has an advantage although rewards differ: this rollout teaches nothing"
+        if self._sparse >= PATIENCE:
+            share = 100 * row["frac_samples_with_gradient"]
+            message = f"only {share:.2g} % of the samples had an advantage in {self._sparse} rollouts in a row: "
+            yield (
+                "sparse",
+                message + "most of the work is wasted; set resample, or choose prompts of middling difficulty",
+            )
+        if self._blind >= PATIENCE:
+            explained = row["value/explained_variance"]
+            message = f"the critic explains less than a constant ({explained:.2g}) in {self._blind} rollouts in a row: "
+            yield "critic", message + "raise optimizer.critic_lr or epochs, or lower them if value/loss swings"

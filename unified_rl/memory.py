@@ -19,8 +19,11 @@ class Memory:
         self._kl: dict[str, KLController] = {}
         self._entropy: dict[str, EntropyController] = {}
         self._prompts: dict[str, PromptStatistics] = {}
+        self._measured: dict[str, str] = {}
+        """The metric that a divergence's target is about."""
         for name, objective in recipe.objective.items():
             kl = objective.kl
+            self._measured[name] = "kl_nats" if objective.threshold_unit == "nats" else "kl"
             if kl.target is not None:
                 self._kl[name] = KLController(kl.coef, kl.target, kl.gain_p, kl.gain_i)
             if objective.entropy_target is not None:
@@ -53,8 +56,8 @@ class Memory:
         """Take the metrics of one update (means over all its trained steps); returns the coefficients that follow."""
         coefs = {}
         for name, controller in self._kl.items():
-            if "kl" in row:
-                controller.observe(row["kl"])
+            if self._measured[name] in row:
+                controller.observe(row[self._measured[name]])
             coefs["kl_coef" if name == "all" else f"kl_coef/{name}"] = controller.coef
         for name, adaptive in self._entropy.items():
             if "entropy" in row:

@@ -8,10 +8,12 @@ from unified_rl.method_rules import method_refusals
 if TYPE_CHECKING:
     from unified_rl.recipe_objective import Objective
 
-LOSS_NAMES = ["clip", "cispo", "sapo", "reinforce", "drpo", "spo", "guard", "dppo"]
+LOSS_NAMES = ["clip", "cispo", "sapo", "reinforce", "vespo", "drpo", "spo", "guard", "dppo"]
 """Keys of `objectives.policy_gradient.LOSSES`, which needs torch (a test holds them equal)."""
 GAUSSIAN_LOSSES = ("guard", "dppo")
 """Losses that compare the means of Gaussian steps."""
+SEQUENCE_RATIOS = ("sequence", "sequence_token", "sequence_product")
+"""Ratios that need all steps of a row in one forward."""
 ALL_AT_ONCE = {"causal_lm", "image_tokens"}
 """Families that evaluate all steps of a sequence in one forward."""
 CATEGORICAL = ALL_AT_ONCE | {"masked_diffusion"}
@@ -34,6 +36,8 @@ def _of_the_steps(objective: "Objective", family: str) -> Iterator[tuple[str, st
             yield "kl", "gaussian needs Gaussian steps; use k3 for tokens"
         if objective.loss in GAUSSIAN_LOSSES:
             yield "loss", f"{objective.loss} compares means of Gaussian steps, tokens have none; use clip or drpo"
+        if objective.threshold_unit != "mean":
+            yield "threshold_unit", "a token's log-prob is in nats already; leave it out"
 
 
 def _of_the_family(objective: "Objective", tokens: bool) -> Iterator[tuple[str, str]]:
@@ -43,7 +47,14 @@ def _of_the_family(objective: "Objective", tokens: bool) -> Iterator[tuple[str, 
         return
     if objective.overlong != "keep":
         yield "overlong", "for completions of tokens; every denoising trajectory has the same length"
-    if objective.ratio in ("sequence", "sequence_token"):
+    if objective.threshold_unit == "nats":
+        if objective.loss not in ("clip", "dppo"):
+            yield "threshold_unit", f"nats are for clip and dppo, not for the bounds of {objective.loss}; use mean"
+        if objective.kl.target is not None and objective.kl.estimator != "gaussian":
+            yield "kl.estimator", f"{objective.kl.estimator} of means over dims has no value in nats; use gaussian"
+        if objective.kl.target is not None and objective.kl.place == "reward":
+            yield "kl.target", "in nats is for a divergence in the loss; say kl.place: loss, or threshold_unit: mean"
+    if objective.ratio in SEQUENCE_RATIOS:
         yield "ratio", f"{objective.ratio} needs all steps in one forward; use token"
     if objective.off_policy_mask is not None:
         yield "off_policy_mask", "needs all steps in one forward; use correction {mode: mask, level: sequence}"
@@ -72,6 +83,8 @@ def _of_the_loss(objective: "Objective") -> Iterator[tuple[str, str]]:
         yield "ratio", f"{loss} acts on each step; use token"
     if ratio in ("sequence", "sequence_token") and objective.aggregation == "token_mean":
         yield "aggregation", "with a sequence's ratio token_mean counts long sequences more; use sequence_mean"
+    if loss == "vespo" and ratio != "sequence_product":
+        yield "ratio", f"vespo weighs whole sequences, not {ratio}; use sequence_product"
     if loss == "cispo" and objective.clip_high < 1:
         yield "clip_high", f"cispo's is the bound itself, so {objective.clip_high:g} scales all down; try 5.0"
     for key, value in (("dual_clip", objective.dual_clip), ("delta", objective.delta)):
@@ -97,7 +110,7 @@ def _of_the_critic(objective: "Objective", family: str) -> Iterator[tuple[str, s
         return
     if family in ("image_tokens", "masked_diffusion"):
         yield "advantage", f"gae has no critic for {family} policies yet; use group_std"
-    if objective.ratio == "sequence":
+    if objective.ratio in ("sequence", "sequence_product"):
         yield "ratio", "gae has an advantage for each step, a sequence's ratio one for all; use token or sequence_token"
     if critic.trunk_gradient and critic.network == "separate":
         yield "critic.trunk_gradient", "for a head on the policy; a separate network always trains its own trunk"

@@ -163,7 +163,14 @@ def advantages_of(
     elif kind == "pass_k":
         advantages = pass_k_advantages(rewards, group_ids, clip=clip)
     else:
-        advantages = group_advantages(rewards, group_ids, normalise=kind, clip=clip)  # type: ignore[arg-type]
+        advantages = group_advantages(
+            rewards,
+            group_ids,
+            normalise=kind,  # type: ignore[arg-type]
+            clip=clip,
+            std_eps=objective.std_eps,
+            population_std=objective.population_std,
+        )
     start = distributed.rank() * len(total)
     return advantages[start : start + len(total)]
 

@@ -108,6 +108,19 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "Xue et al. 2025, DanceGRPO, arXiv 2505.07818 (its sampler is not part of an objective)",
         {"advantage": "group_std", "advantage_clip": 5.0, "clip_low": 1e-4, "clip_high": 1e-4},
     ),
+    "flow_grpo_fast": (
+        "Liu et al. 2025, Flow-GRPO-Fast, arXiv 2505.05470 (public configurations)",
+        {
+            "advantage": "global_std",
+            "advantage_clip": 5.0,
+            "clip_low": 1e-5,
+            "clip_high": 1e-5,
+        },
+    ),
+    "mix_grpo": (
+        "Li et al. 2025, MixGRPO, arXiv 2507.21802",
+        {"advantage": "group_std", "advantage_clip": 5.0, "clip_low": 1e-4, "clip_high": 1e-4},
+    ),
     "grpo_guard": (
         "Wang et al. 2025, GRPO-Guard, arXiv 2510.22319 (without its weight 1 / dt of a step, as in Flow-Factory)",
         {"advantage": "global_std", "advantage_clip": 5.0, "loss": "guard", "clip_low": 2e-6, "clip_high": 2e-6},
@@ -117,6 +130,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {"advantage": "global_std", "advantage_clip": 5.0, "loss": "dppo", "max_divergence": 1e-5},
     ),
     **METHOD_PRESETS,
+    "luspo": (
+        "the clip loss of GSPO, each sequence weighted by its length, as in TRL 1.16 (loss_type luspo)",
+        {"ratio": "sequence", "clip_low": 2e-3, "clip_high": 2.5e-3, "aggregation": "sequence_sum"},
+    ),
+    "vespo": (
+        "VESPO, arXiv 2602.10693",
+        {"ratio": "sequence_product", "loss": "vespo", "aggregation": "token_mean"},
+    ),
     "trl_grpo": (
         "what GRPOTrainer of TRL 1.16 does by default: loss_type dapo, beta 0",
         {
@@ -128,10 +149,52 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "kl": {"coef": 0.0, "estimator": "k3"},
         },
     ),
+    "trl_rloo": (
+        "what RLOOTrainer of TRL 1.16 does by default: exact sequence ratio, clipped; KL in the reward",
+        {
+            "advantage": "rloo",
+            "ratio": "sequence_product",
+            "loss": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "sequence_mean",
+            "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"},
+        },
+    ),
+    "verl_ppo": (
+        "what verl does by default (adv_estimator gae): gamma and lambda 1, dual clip 3, value clip 0.5",
+        {
+            "advantage": "gae",
+            "loss": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "dual_clip": 3.0,
+            "aggregation": "token_mean",
+            "critic": {
+                "gamma": 1.0,
+                "gae_lambda": 1.0,
+                "whiten": True,
+                "value_coef": 1.0,
+                "value_clip": 0.5,
+            },
+        },
+    ),
+    "flow_grpo_code": (
+        "what yifan123/flow_grpo computes without a KL: the std of all rewards is numpy's",
+        {
+            "advantage": "global_std",
+            "population_std": True,
+            "advantage_clip": 5.0,
+            "clip_low": 1e-4,
+            "clip_high": 1e-4,
+            "kl": {"coef": 0.0},
+        },
+    ),
     "verl_grpo": (
-        "what verl does by default with adv_estimator grpo: token-mean, dual clip 3 (its 1e-6 beside the std is 1e-4)",
+        "what verl does by default with adv_estimator grpo: token-mean, dual clip 3",
         {
             "advantage": "group_std",
+            "std_eps": 1e-6,
             "loss": "clip",
             "clip_low": 0.2,
             "clip_high": 0.2,
@@ -142,3 +205,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Name -> (paper, keys that it fills in)."""
+
+SAMPLING_PRESETS: dict[str, dict[str, Any]] = {
+    "flow_grpo_fast": {"noise_place": "branch", "noise_steps": 2, "noise_range": [0, 5], "noise_level": 0.8},
+    "mix_grpo": {
+        "noise_place": "window",
+        "noise_steps": 4,
+        "noise_shift": {"schedule": "progressive", "every": 25, "stride": 1},
+        "noise_level": 0.7,
+    },
+}
+"""Of presets that are also about which steps are noisy: keys of `policy.sampling` that they fill in."""

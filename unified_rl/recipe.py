@@ -86,8 +86,8 @@ class Recipe(Block):
     seed: int = 0
     num_steps: int = Field(default=60, ge=1)
     """Optimiser steps."""
-    group_size: int = Field(default=16, ge=2)
-    """Trajectories of one prompt."""
+    group_size: int = Field(default=16, ge=1)
+    """Trajectories of one prompt; 1 for advantages that need no group (gae, batch_whitened, prompt_std, uniform)."""
     prompts_per_step: int = Field(default=8, ge=1)
     """Groups of one rollout, over all processes."""
     epochs: int = Field(default=1, ge=1)
@@ -146,12 +146,36 @@ class Recipe(Block):
             raise ValueError("engine.micro_batch_tokens: for language models; a denoiser's rows all cost the same")
         if self.optimizer.critic_lr is not None and all(part.advantage != "gae" for part in self.objective.values()):
             raise ValueError("optimizer.critic_lr: there is no critic; leave it out, or say objective.advantage: gae")
+        self._check_references()
+        alone = {"gae", "batch_whitened", "prompt_std", "uniform"}
+        for name, objective in self.objective.items():
+            if self.group_size == 1 and objective.advantage not in alone:
+                raise ValueError(
+                    f"group_size: 1 leaves {objective.advantage} (objective.{name}) nothing to compare with; "
+                    "at least 2, or advantage: gae"
+                )
         for name, objective in self.objective.items():
             for key, reason in refusals(objective, self.policy.family):
                 raise ValueError(f"objective.{name}.{key}: {reason}")
             for key, reason in method_conflicts(objective, self):
                 raise ValueError(f"{key}: {reason}")
         return self
+
+    @property
+    def kl_reference(self) -> str | None:
+        """The copy of the trained weights that divergences are measured from; None: the base model."""
+        named = {objective.kl.reference for objective in self.objective.values() if objective.kl.coef > 0} - {"base"}
+        return min(named, default=None)
+
+    def _check_references(self) -> None:
+        known = ["base", *self.all_snapshots]
+        penalised = {name: part.kl.reference for name, part in self.objective.items() if part.kl.coef > 0}
+        for name, reference in penalised.items():
+            if reference not in known:
+                hint = nearest(reference, known) or "; add it to snapshots, or the block ema"
+                raise ValueError(f"objective.{name}.kl.reference: no snapshot {reference!r}{hint}")
+        if len({*penalised.values()}) > 1:
+            raise ValueError("objective: all segments' divergences have one kl.reference; say the same in each")
 
     def objective_for(self, segment: str) -> Objective:
         """The objective settings of a segment that is trained."""

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from unified_rl.errors import RecipeError, nearest
-from unified_rl.presets import PRESETS
+from unified_rl.presets import PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_objective import Objective
 from unified_rl.recipe_policy import IMAGE_TOKEN_MODELS, MASKED_PIPELINES, SAMPLING, exam_sampling
@@ -142,8 +142,27 @@ def _resolve_policy(raw: dict, folder: Path) -> None:
     policy["model"] = locate(policy["model"], folder)
     if "family" not in policy:
         policy["family"] = _family_of(Path(policy["model"]))
-    if str(policy["family"]) in SAMPLING and isinstance(policy.setdefault("sampling", {}), dict):
+    if isinstance(policy.setdefault("sampling", {}), dict):
+        for preset in _named_presets(raw.get("objective")):
+            _fill_sampling(policy, preset)
+    if str(policy["family"]) in SAMPLING and isinstance(policy["sampling"], dict):
         policy["sampling"] = _resolve_sampling(policy["sampling"], policy["family"], "policy.sampling.")
+
+
+def _named_presets(objective: Any) -> list[str]:
+    """The presets of an objective that is not resolved yet: its own, or those of its segments."""
+    blocks = [objective, *objective.values()] if isinstance(objective, dict) else []
+    return [str(block["preset"]) for block in blocks if isinstance(block, dict) and "preset" in block]
+
+
+def _fill_sampling(policy: dict, preset: str) -> None:
+    """What a preset says about the noise of the steps; keys of the recipe win."""
+    keys = SAMPLING_PRESETS.get(preset, {})
+    if keys and policy["family"] != "diffusion":
+        raise RecipeError(
+            f"objective.preset: {preset} is about the noise of denoising steps, {policy['family']} has none; use grpo"
+        )
+    policy["sampling"] = {**keys, **policy["sampling"]}
 
 
 def _resolve_sampling(raw: dict, family: str, where: str) -> dict:

@@ -19,6 +19,8 @@ class KL(Block):
     estimator: Literal["k1", "k2", "k3", "gaussian", "prediction"] = "k3"
     """gaussian: exact, for Gaussian steps (mean over dims). prediction: mean squared distance of a denoiser's
     predictions, for methods over the forward process."""
+    reference: str = "base"
+    """What the policy is held near: base (frozen, or the adapter switched off), ema, or a name of snapshots."""
     place: Literal["loss", "reward"] = "loss"
     """loss: added to each step's loss. reward: its sum over a trajectory is taken off the reward before advantages."""
     target: float | None = Field(default=None, gt=0)
@@ -55,19 +57,27 @@ class Objective(MethodBlock):
     imitation and pairs: uniform: 1; exponential: exp(reward / temperature) over its group's mean (RWR); best: 1 for the
     group's best; best_worst: 1 and -1 (DPO)."""
     advantage_clip: float | None = Field(default=None, gt=0)
+    std_eps: float = Field(default=1e-4, gt=0)
+    """group_std, global_std, group_whitened: added to the std that divides, in units of the reward."""
+    population_std: bool = False
+    """group_std, global_std, group_whitened: divide squares by their number (numpy), not by one less (torch)."""
     prompt_buffer: int = Field(default=32, ge=2)
     """prompt_std: how many rewards of a prompt are remembered."""
     prompt_min_count: int = Field(default=16, ge=2)
     """prompt_std: with fewer of them, the whole batch's mean and std are used."""
-    ratio: Literal["token", "sequence", "sequence_token", "none"] = "token"
+    ratio: Literal["token", "sequence", "sequence_token", "sequence_product", "none"] = "token"
     """Importance ratio of each step, or of the whole sequence (GSPO: its geometric mean; sequence_token: with the
-    gradient of each step); none: no ratio."""
+    gradient of each step; sequence_product: the exact one, the product over steps); none: no ratio."""
     loss: str = "clip"
-    """clip | cispo | sapo | reinforce | drpo | spo | guard | dppo, or your own: `package.module:function` or
+    """clip | cispo | sapo | reinforce | vespo | drpo | spo | guard | dppo, or your own: `package.module:function` or
     `file.py:function`."""
     clip_low: float = Field(default=0.2, ge=0)
     clip_high: float = Field(default=0.2, ge=0)
     """Distances of the bounds from 1; for cispo, clip_high is the bound itself."""
+    threshold_unit: Literal["mean", "nats"] = "mean"
+    """Gaussian steps: what clip_low, clip_high, max_divergence and kl.target are given in. mean: over the latent dims,
+    as is usual, so that they mean less the higher the resolution. nats: the step's own log-ratio or divergence, the sum
+    over dims; converted by their number."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Bound of the loss for negative advantages (dual-clip PPO)."""
     delta: float | None = Field(default=None, gt=1)
@@ -131,7 +141,9 @@ class Objective(MethodBlock):
     @property
     def needs_reference(self) -> bool:
         """Whether the policy keeps what it needs to act as the frozen reference."""
-        return self.kl.coef > 0 or any(method in REFERENCE_METHODS or ":" in method for method in self.methods)
+        return (self.kl.coef > 0 and self.kl.reference == "base") or any(
+            method in REFERENCE_METHODS or ":" in method for method in self.methods
+        )
 
     @property
     def needs_anchor(self) -> bool:

@@ -8,6 +8,7 @@ from unified_rl.metrics import StepMetrics
 from unified_rl.objectives import kl as divergence
 from unified_rl.objectives.correction import off_policy_keep
 from unified_rl.objectives.policy_gradient import MAX_LOG_RATIO, clip_fractions, policy_loss
+from unified_rl.objectives.thresholds import mean_bounds, mean_divergence
 from unified_rl.objectives.value import value_loss
 from unified_rl.protocols import Engine, Policy
 from unified_rl.types import StepStats
@@ -31,6 +32,8 @@ def window_loss(policy: Policy, window: Window[Target], metrics: StepMetrics, *,
         kl = divergence.between(stats, reference, objective.kl.estimator, mask)
         per_step = per_step + target.kl_coef * kl
         metrics.add("kl", kl, mask)
+        if objective.threshold_unit == "nats":
+            metrics.add("kl_nats", kl * _num_dims(stats), mask)
     if stats.entropy is not None:
         if target.entropy_coef > 0:
             per_step = per_step - target.entropy_coef * stats.entropy.masked_fill(~mask, 0.0)
@@ -76,6 +79,11 @@ def _policy_loss(stats: StepStats, window: Window[Target], mask: Tensor, metrics
         old_means = target.old_means[window.rows, window.steps].to(stats.mean)
         old_kl = divergence.gaussian_steps(stats.mean, old_means, stats.std)
         step_std = stats.std.expand(stats.mean.shape).flatten(2).mean(2)
+    clip_low, clip_high, max_divergence = objective.clip_low, objective.clip_high, objective.max_divergence
+    if objective.threshold_unit == "nats":
+        num_dims = _num_dims(stats)
+        clip_low, clip_high = mean_bounds(clip_low, clip_high, num_dims)
+        max_divergence = mean_divergence(max_divergence, num_dims)
     result = policy_loss(
         now,
         old,
@@ -83,12 +91,12 @@ def _policy_loss(stats: StepStats, window: Window[Target], mask: Tensor, metrics
         mask,
         loss=target.loss,
         ratio_level=objective.ratio,
-        clip_low=objective.clip_low,
-        clip_high=objective.clip_high,
+        clip_low=clip_low,
+        clip_high=clip_high,
         dual_clip=objective.dual_clip,
         delta=objective.delta,
         penalty_range=objective.penalty_range,
-        max_divergence=objective.max_divergence,
+        max_divergence=max_divergence,
         old_kl=old_kl,
         step_std=step_std,
     )
@@ -103,7 +111,7 @@ def _policy_loss(stats: StepStats, window: Window[Target], mask: Tensor, metrics
         per_step = per_step * scale
         metrics.add("correction/mean", scale, mask)
     if objective.loss == "clip":
-        low, high = clip_fractions(result.ratio, advantages, mask, objective.clip_low, objective.clip_high)
+        low, high = clip_fractions(result.ratio, advantages, mask, clip_low, clip_high)
         metrics.sums["clip_fraction/low"] += float(low) * float(mask.sum())
         metrics.sums["clip_fraction/high"] += float(high) * float(mask.sum())
     if old_kl is not None:
@@ -113,6 +121,12 @@ def _policy_loss(stats: StepStats, window: Window[Target], mask: Tensor, metrics
     metrics.add("ratio/overflow", (moved.abs() >= MAX_LOG_RATIO).double(), mask)
     metrics.add("ratio/mean", result.ratio, mask)
     return per_step
+
+
+def _num_dims(stats: StepStats) -> int:
+    """Latent dims of a Gaussian step."""
+    assert stats.mean is not None, "thresholds in nats are of Gaussian steps"
+    return stats.mean[0, 0].numel()
 
 
 def _value_loss(stats: StepStats, window: Window, valued: Valued, weights: Tensor, metrics: StepMetrics) -> Tensor:

@@ -75,7 +75,11 @@ def test_lists(folder, kind):
             ["mine.yaml", "rewards.0.name=shapes_grade"],
             "no reward 'shapes_grade'; did you mean 'shapes_graded'?",
         ),
-        ("train", ["mine.yaml", "group_size=1"], "group_size: must be greater than or equal to 2 (got 1)"),
+        (
+            "train",
+            ["mine.yaml", "group_size=1"],
+            "group_size: 1 leaves global_std (objective.all) nothing to compare with",
+        ),
         ("validate", ["mine.yaml", "data.prompts=empty_line.txt"], "empty_line.txt:2: "),
         ("train", ["mine.yaml", "data.prompts=latin.txt"], "latin.txt:2: not UTF-8"),
         (

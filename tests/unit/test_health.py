@@ -65,6 +65,32 @@ def test_equal_rewards_are_told_after_some_rollouts(tmp_path):
     assert told == [0] * (PATIENCE - 1) + [1, 0, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("sick", "message"),
+    [
+        ({"frac_samples_with_gradient": 0.05}, "only 5 % of the samples had an advantage in 5 rollouts in a row"),
+        ({"value/explained_variance": -0.3}, "the critic explains less than a constant (-0.3) in 5 rollouts in a row"),
+    ],
+)
+def test_what_one_rollout_does_not_prove_is_told_after_some(tmp_path, sick, message):
+    watch = health(tmp_path)
+    assert watch.observe(GOOD, new_rollout=True) == []
+    told = []
+    for _ in range(PATIENCE + 2):
+        told += watch.observe({**GOOD, **sick}, new_rollout=True)
+        assert watch.observe(GOOD, new_rollout=False) == []
+    assert len(told) == 1 and told[0].startswith(message)
+    assert watch.observe(GOOD, new_rollout=True) == []
+    # The count begins anew.
+    assert [watch.observe({**GOOD, **sick}, new_rollout=True) for _ in range(PATIENCE - 1)] == [[]] * (PATIENCE - 1)
+
+
+def test_a_critic_whose_returns_do_not_vary_is_left_alone(tmp_path):
+    watch = health(tmp_path)
+    row = {**GOOD, "value/explained_variance": float("nan")}
+    assert [watch.observe(row, new_rollout=True) for _ in range(2 * PATIENCE)] == [[]] * 2 * PATIENCE
+
+
 def test_warnings_reach_the_events_of_a_run(tmp_path):
     # Arm 0 is certain: all rewards are equal in every rollout.
     parts = build_parts(tmp_path, Bandit([60.0, 0.0]), num_steps=PATIENCE + 1)

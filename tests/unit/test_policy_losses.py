@@ -35,12 +35,13 @@ LOSS_TYPES: dict[str, tuple[str, aggregate.Aggregation]] = {
     "luspo": ("clip", "sequence_sum"),
     "cispo": ("cispo", "token_mean"),
     "sapo": ("sapo", "sequence_mean"),
+    "vespo": ("vespo", "token_mean"),
 }
-CASES = [case for case in TRL["cases"] if case["loss_type"] != "vespo"]  # which is not implemented
+CASES = TRL["cases"]
 
 
 def test_number_of_oracle_cases() -> None:
-    assert len(CASES) == 26 and len(TRL["cases"]) == 27
+    assert len(CASES) == 27
 
 
 def trl_loss(case: dict[str, Any], log_probs: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def trl_loss(case: dict[str, Any], log_probs: Tensor) -> Tensor:
         ARRAYS["advantages"].unsqueeze(1).expand(log_probs.shape),
         loss_mask,
         loss=loss,  # type: ignore[arg-type]
-        ratio_level=case.get("level", "token"),
+        ratio_level="sequence_product" if loss == "vespo" else case.get("level", "token"),
         clip_low=clip_low,
         clip_high=case.get("eps_high", clip_low),
         delta=case.get("delta"),

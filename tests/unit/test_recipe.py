@@ -92,7 +92,7 @@ def test_dump_reads_back_equal(raw, tmp_path, preset):
     raw["objective"] = (
         {"preset": preset, "advantage_clip": 3.0} if preset else {"image": {"loss": "cispo", "clip_high": 5.0}}
     )
-    if preset in ("gspo", "gspo_token", "dpo"):  # for tokens
+    if preset in ("gspo", "gspo_token", "luspo", "vespo", "trl_rloo", "dpo"):  # for tokens
         (tmp_path / "model/model_index.json").rename(tmp_path / "model/config.json")
     recipe = parse_recipe(raw, tmp_path)
     (tmp_path / "run").mkdir()
@@ -140,7 +140,7 @@ def test_objectives_that_a_family_cannot_train_are_refused(raw, tmp_path):
         ("rewards.0.weight=0", "rewards: every one has weight 0"),
         ("seed=2026-01-01", "seed: must be a valid integer"),
         ("policy.family=[a]", "policy.family: must be 'diffusion', 'causal_lm'"),
-        ("group_size=1", "group_size: must be greater than or equal to 2 (got 1)"),
+        ("group_size=1", "group_size: 1 leaves global_std"),
         ("minibatches=3", "minibatches: 3 does not divide the 128 samples"),
         ("rewards.7.name=a", "rewards.7.name: no such place in the recipe to override"),
         ("lonely", "lonely: an override is written a.b=value"),

@@ -7,12 +7,12 @@ a sequence ratio and the sequence_sum aggregation.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-RatioLevel = Literal["token", "sequence", "sequence_token", "none"]
+RatioLevel = Literal["token", "sequence", "sequence_token", "sequence_product", "none"]
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +- this many nats (ratio 2e-9 to 4.9e8), so that exp cannot overflow; beyond it the
@@ -71,6 +71,7 @@ LOSSES: dict[str, LossFunction] = {
     "cispo": lambda terms: cispo_loss(terms.log_probs, terms.ratio, terms.advantages, terms.clip_high),
     "sapo": lambda terms: sapo_loss(terms.ratio, terms.advantages),
     "reinforce": lambda terms: -terms.advantages * terms.log_probs,
+    "vespo": lambda terms: vespo_loss(terms.log_probs, terms.ratio, terms.advantages),
     "drpo": lambda terms: penalty_loss(
         terms.ratio, terms.advantages, terms.penalty_range, weight=terms.old_log_probs.clamp(max=MAX_LOG_RATIO).exp()
     ),
@@ -140,7 +141,8 @@ def log_ratios(log_probs: Tensor, old_log_probs: Tensor, loss_mask: Tensor, leve
 
     token: of the step alone. sequence: the mean over the row's unmasked steps, the same for all of them (GSPO, Zheng et
     al. 2025, arXiv 2507.18071, eq. 7); the rows must then hold all their steps, not a window of them. sequence_token:
-    the same value, but each step has the gradient of its own log-prob (GSPO-token, eq. 13). none: 0, a ratio of 1.
+    the same value, but each step has the gradient of its own log-prob (GSPO-token, eq. 13). sequence_product: the sum
+    over the row's steps, which is the sequence's exact ratio (RLOO in TRL). none: 0, a ratio of 1.
 
     Args:
         log_probs, old_log_probs: [B, S]; the old ones are taken as constants.
@@ -156,14 +158,16 @@ def log_ratios(log_probs: Tensor, old_log_probs: Tensor, loss_mask: Tensor, leve
     assert log_probs.ndim == 2 and old_log_probs.shape == shape, f"{tuple(shape)} and {tuple(old_log_probs.shape)}"
     assert loss_mask.shape == shape and loss_mask.dtype == torch.bool, "loss_mask must be a boolean [B, S]"
     log_ratio = (log_probs - old_log_probs.detach()).masked_fill(~loss_mask, 0.0)
-    if level in ("sequence", "sequence_token"):
+    if level == "sequence_product":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand(shape)
+    elif level in ("sequence", "sequence_token"):
         num_steps = loss_mask.sum(1, keepdim=True).clamp(min=1)
         mean = (log_ratio.sum(1, keepdim=True) / num_steps).expand(shape)
         log_ratio = mean if level == "sequence" else mean.detach() + (log_ratio - log_ratio.detach())
     elif level == "none":
         log_ratio = torch.zeros_like(log_ratio).detach()
     elif level != "token":
-        raise ValueError(f"ratio level {level!r}; known: token, sequence, sequence_token, none")
+        raise ValueError(f"ratio level {level!r}; known: {', '.join(get_args(RatioLevel))}")
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -223,6 +227,27 @@ def sapo_loss(
     """
     temperature = torch.where(advantages > 0, temperature_positive, temperature_negative).to(ratio)
     return -(4.0 / temperature) * torch.sigmoid(temperature * (ratio - 1.0)) * advantages
+
+
+VESPO_SHAPES = ((2.0, 3.0), (3.0, 2.0))
+"""(k, lambda) where A >= 0, and where A < 0, as in TRL."""
+
+
+def vespo_loss(log_probs: Tensor, ratio: Tensor, advantages: Tensor) -> Tensor:
+    """-phi(w) * A * log_prob with phi(w) = w^k * exp(lambda * (1 - w)) of the sequence's exact ratio w, without
+    gradient: VESPO (arXiv 2602.10693), which turns a far sequence down instead of cutting it.
+
+    Args:
+        log_probs, ratio, advantages: [B, S]; the ratio at the level sequence_product.
+
+    Returns:
+        [B, S].
+    """
+    weight = ratio.detach().clamp(min=1e-8)
+    (k, scale), (k_negative, scale_negative) = VESPO_SHAPES
+    power = torch.where(advantages >= 0, k, k_negative)
+    decay = torch.where(advantages >= 0, scale, scale_negative)
+    return -(power * weight.log() + decay * (1.0 - weight)).exp() * advantages * log_probs
 
 
 def penalty_loss(ratio: Tensor, advantages: Tensor, penalty_range: float, weight: Tensor | None = None) -> Tensor:
