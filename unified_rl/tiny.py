@@ -45,10 +45,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "WanImageToVideoPipeline": {**TEXT_TOKENS, "num_frames": 5},
 }
 """Call arguments of a twin beside height and width."""
-LIGHT = (
-    "shapes_strict", "shapes_graded", "edit_strict", "edit_graded", "compressibility", "incompressibility",
-    "digit_check", "answer", "answer_format",
-)  # fmt: skip
+LIGHT = ("compressibility", "incompressibility", "shapes_strict", "shapes_graded", "edit_strict", "edit_graded")
 """Rewards that run anywhere; those named by reference (file.py:name) are kept too."""
 STAND_IN = "unified_rl.tiny:brightness"
 NUM_STEPS = 4
@@ -83,9 +80,8 @@ def shrink(raw: dict, folder: Path) -> tuple[dict, list[str]]:
     """A recipe's dictionary with everything made small; `folder` is where its relative paths are looked up."""
     raw = json.loads(json.dumps(raw))
     notes = _shrink_model(raw.setdefault("policy", {}), folder)
-    if notes:
-        notes += _shrink_pictures(raw.get("data", {}), folder)
-    notes += _shrink_rewards(raw)
+    if notes:  # what ships with the project is tiny throughout
+        notes += _shrink_pictures(raw.get("data", {}), folder) + _shrink_rewards(raw)
     counts = {"num_steps": 2, "group_size": 4, "prompts_per_step": 2}
     raw.update(counts)
     for key in ("epochs", "minibatches"):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,13 @@ def test_a_recipe_for_a_real_model_names_a_model_with_a_twin_and_its_source(name
     assert "arXiv" in comment and "Estimates" in comment
 
 
+def test_rewards_of_recipes_are_offered_by_the_project_but_for_geneval():
+    project = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text())["project"]
+    offered = set(project["entry-points"]["unified_rl.rewards"])
+    named = {reward.name for name in NAMES for reward in load_recipe(name).rewards if ":" not in reward.name}
+    assert named - offered == {"geneval"}
+
+
 def test_every_known_model_has_a_twin():
     assert set(HUB.values()) == set(TWINS)
 
@@ -60,17 +68,15 @@ def test_what_is_shrunk_is_said_and_overrides_win():
     assert recipe.policy.sampling.noise_place == "window" and recipe.policy.sampling.noise_steps == 2
     assert recipe.policy.sampling.call["guidance_scale"] == 3.5 and recipe.policy.sampling.call["height"] == 32
     assert [reward.name for reward in recipe.rewards] == ["unified_rl.tiny:brightness"]
-    assert any("hpsv2 stood in for by brightness" in note for note in notes)
+    assert any("hps stood in for by brightness" in note for note in notes)
     assert any("black-forest-labs/FLUX.1-dev" in note for note in notes)
 
 
-def test_light_rewards_and_the_quickstarts_models_stay():
-    rewards = [{"name": "compressibility", "weight": 2.0}, {"name": "mine.py:score"}]
-    raw = {"policy": {"model": "quickstart/shapes_sd3"}, "rewards": rewards}
+def test_what_ships_with_the_project_is_only_shortened():
+    raw = {"policy": {"model": "quickstart/shapes_sd3"}, "rewards": [{"name": "shapes_strict"}], "num_steps": 60}
     small, notes = shrink(raw, RECIPES)
-    assert small["rewards"] == [*rewards, {"name": "unified_rl.tiny:brightness", "weight": 1.0}]
-    assert small["policy"] == raw["policy"] and not any("stood in" in note for note in notes)
-    assert raw["rewards"] == rewards, "the recipe that was read stays as it is"
+    assert small["rewards"] == raw["rewards"] and small["policy"] == raw["policy"] and small["num_steps"] == 2
+    assert len(notes) == 1 and raw["num_steps"] == 60, "the recipe that was read stays as it is"
 
 
 def test_pictures_of_a_dataset_are_shrunk_and_its_other_columns_kept():
@@ -82,8 +88,13 @@ def test_pictures_of_a_dataset_are_shrunk_and_its_other_columns_kept():
 
 
 def test_heavy_rewards_are_stood_in_for_with_their_summed_weight():
-    raw = {"policy": {"model": "quickstart/shapes_sd3"}, "rewards": [{"name": "a", "weight": 2.0}, {"name": "b"}]}
-    assert shrink(raw, RECIPES)[0]["rewards"] == [{"name": "unified_rl.tiny:brightness", "weight": 3.0}]
+    model = {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+    stand_in = "unified_rl.tiny:brightness"
+    raw = {"policy": model, "rewards": [{"name": "pick_score", "weight": 2.0}, {"name": "hps"}]}
+    assert shrink(raw, RECIPES)[0]["rewards"] == [{"name": stand_in, "weight": 3.0}]
+    light = [{"name": "compressibility", "weight": 2.0}, {"name": "mine.py:score"}]
+    small = shrink({"policy": model, "rewards": light}, RECIPES)[0]
+    assert small["rewards"] == [*light, {"name": stand_in, "weight": 1.0}]
 
 
 def test_a_model_without_a_twin_is_refused():
