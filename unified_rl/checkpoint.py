@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from unified_rl.engine import distributed
 from unified_rl.protocols import Policy
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{6,})")
@@ -35,6 +35,8 @@ class CheckpointError(Exception):
 class TrainedState(Protocol):
     """What this module needs of an engine."""
 
+    @property
+    def state_bytes(self) -> int: ...
     def save(self, directory: Path) -> None: ...
     def full_weights(self) -> AbstractContextManager[None]: ...
 
@@ -57,43 +59,70 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` and prune to the newest `keep`; called by every rank.
+    """Write the checkpoint of `step`, and keep the newest `keep` and the best one; called by every rank.
 
     Args:
-        state: what else a resumed run needs, as JSON (the data's position, counters, generators).
+        state: what else a resumed run needs, as JSON (the data's position, counters, generators); its "held_out", a
+            number or None, is what the best one has most of.
     Returns:
         The checkpoint's folder.
     Raises:
         TypeError: if `state` is not JSON; nothing is written.
-        CheckpointError: on every rank, if rank 0 could not write (its cause is chained there).
+        CheckpointError: on every rank, if one could not write (its cause is chained there); nothing is left of it.
     """
     final = run_folder / "checkpoints" / f"step_{step:06d}"
     staging = final.with_name(f".staging_{final.name}")
     head = {"format": FORMAT, "step": step, "world_size": distributed.world_size(), "state": state}
     json.dumps(head)
-    _on_main(lambda: _clean_staging(staging), staging)
-    for folder, weights in (("policy", "trained"), ("ema", "ema")):
-        if weights == "trained" or weights in snapshots:
-            with snapshots.use(weights), engine.full_weights():
-                _on_main(functools.partial(_save_policy, policy, staging / folder), staging)
-    engine.save(staging / "trainer")
-    snapshots.save(staging / "trainer" / "snapshots")
-    distributed.barrier()
-    _on_main(lambda: _publish(staging, final, head, keep), staging)
+    try:
+        _on_main(lambda: _begin(staging, engine.state_bytes), staging)
+        for folder, weights in (("policy", "trained"), ("ema", "ema")):
+            if weights == "trained" or weights in snapshots:
+                with snapshots.use(weights), engine.full_weights():
+                    _on_main(functools.partial(_save_policy, policy, staging / folder), staging)
+        _together(lambda: engine.save(staging / "trainer"), staging)
+        _together(lambda: snapshots.save(staging / "trainer" / "snapshots"), staging)
+        _on_main(lambda: _publish(staging, final, head, keep), staging)
+    except CheckpointError:
+        if distributed.is_main() and staging.exists():
+            shutil.rmtree(staging)  # a full disk needs its space back
+        raise
     return final
 
 
 def _on_main(action: Callable[[], None], subject: Path) -> None:
     """Run `action` on rank 0 while the others wait; if it fails, every rank raises, and none waits for ever."""
+    _together(action if distributed.is_main() else lambda: None, subject)
+
+
+def _together(action: Callable[[], None], subject: Path) -> None:
+    """Run `action` on every rank; if it fails on one, every rank raises."""
     error: Exception | None = None
-    if distributed.is_main():
-        try:
-            action()
-        except Exception as raised:
-            error = raised
+    try:
+        action()
+    except Exception as raised:
+        error = raised
     if distributed.broadcast_flag(error is not None):
-        reason = f": {error}" if error else " on rank 0"
+        reason = f": {error}" if error else " by another process"
         raise CheckpointError(f"{subject}: could not be written{reason}") from error
+
+
+def _begin(staging: Path, state_bytes: int) -> None:
+    """An empty staging folder, no remains of those that a crash left, and room for a checkpoint.
+
+    Args:
+        state_bytes: what the engine will write at least; a run's later checkpoints need as much as the last one had.
+    """
+    _clean_staging(staging)
+    existing = list_checkpoints(staging.parent.parent)
+    needed = max([state_bytes, *(_size(path) for path in existing[-1:])])
+    free = shutil.disk_usage(staging).free
+    if free < needed:
+        raise OSError(f"no room: {needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are free")
+
+
+def _size(checkpoint: Path) -> int:
+    return sum(entry["size"] for entry in _read_manifest(checkpoint)["files"])
 
 
 def _clean_staging(staging: Path) -> None:
@@ -146,8 +175,33 @@ def _publish(staging: Path, final: Path, head: dict[str, Any], keep: int) -> Non
         _remove(final)
     staging.rename(final)
     _sync(final.parent)
-    for old in list_checkpoints(final.parent.parent)[:-keep]:
-        _remove(old)
+    complete = list_checkpoints(final.parent.parent)
+    best = _best(complete)
+    for old in complete[:-keep]:
+        if old != best:
+            _remove(old)
+
+
+def _best(checkpoints: Sequence[Path]) -> Path | None:
+    """The one with the highest held-out reward, the earliest of equals; None if none was evaluated."""
+    rewards = {path: load_state(path).get("held_out") for path in checkpoints}
+    evaluated = {path: float(reward) for path, reward in rewards.items() if reward is not None}
+    return max(evaluated, key=lambda path: evaluated[path]) if evaluated else None
+
+
+def set_aside_later(run_folder: Path, step: int) -> list[str]:
+    """Rename the checkpoints of steps after `step` to superseded_step_*, which nothing resumes from or deletes: a run
+    that goes on from an earlier one must not find them later. Called by every rank; rank 0 does it and gets the names.
+    """
+    if not distributed.is_main():
+        return []
+    later = [path for path in _candidates(run_folder) if int(path.name.removeprefix("step_")) > step]
+    for path in later:
+        kept = path.with_name(f"superseded_{path.name}")
+        if kept.exists():
+            shutil.rmtree(kept)
+        path.rename(kept)
+    return [path.name for path in later]
 
 
 def _remove(checkpoint: Path) -> None:

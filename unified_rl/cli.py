@@ -7,6 +7,7 @@ SIGTERM after saving. Nothing heavy is imported before a command is known, so th
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from unified_rl.recipe import Recipe
 
-DONE, WRONG, INTERRUPTED = 0, 2, 130
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,13 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest = [word for word in rest if word not in arguments.overrides]
     if rest:
         parser.error(f"unknown argument {rest[0]}; see unified-rl {arguments.command} --help")
-    from unified_rl.errors import RecipeError
+    from unified_rl.errors import PeerError, RecipeError
 
     try:
         return COMMANDS[arguments.command](arguments)
     except RecipeError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return WRONG
+    except Exception as error:
+        from unified_rl.plain_text import clean, redact
+
+        # Not Python's own way: user code puts keys and terminal sequences into its messages.
+        lines = [] if isinstance(error, PeerError) else traceback.format_exception(error)
+        sys.stderr.write(clean(redact(f"{''.join(lines)}error: {type(error).__name__}: {error}\n")))
+        return FAILED
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
@@ -64,6 +72,13 @@ def _build_parser() -> argparse.ArgumentParser:
         metavar="auto|never|PATH",
         default="auto",
         help="auto: from the newest complete checkpoint in the output folder, if there is one (default)",
+    )
+    train.add_argument(
+        "--allow-change",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="resume although this key of the recipe has changed; may be given several times",
     )
     train.add_argument(
         "-n", dest="processes", metavar="PROCESSES", type=_positive, default=1, help="processes to start"
@@ -160,12 +175,13 @@ def _train(arguments: argparse.Namespace) -> int:
         from unified_rl.engine.distributed import spawn
 
         command = ["train", arguments.recipe, *tiny, *arguments.overrides, "--output", str(output)]
-        return spawn(arguments.processes, [*command, "--resume", arguments.resume])
+        allowed = [word for key in arguments.allow_change for word in ("--allow-change", key)]
+        return spawn(arguments.processes, [*command, "--resume", arguments.resume, *allowed])
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         _write_warnings(warnings)
     from unified_rl.train import train
 
-    return train(recipe, output, resume=arguments.resume)
+    return train(recipe, output, resume=arguments.resume, allow=arguments.allow_change)
 
 
 def _launched() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unified_rl.engine import distributed
 from unified_rl.reward_runner import Outcome
-from unified_rl.reward_types import RewardError
+from unified_rl.reward_types import RewardError, RewardFailedError
 from unified_rl.types import Scores
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def shares_of(rewards: Sequence[LoadedReward], outcomes: Mapping[str, Outcome]) 
     told beside its scores), and `time/reward_work`, the seconds that they worked on this process.
 
     Raises:
-        RewardError: on all processes alike, for a reward that failed too often or cannot judge these data.
+        RewardError: on all processes alike, for a reward that cannot judge these data.
+        RewardFailedError: likewise, for one that failed too often.
     """
     everyone = distributed.gather_objects(
         [
@@ -41,7 +42,7 @@ def shares_of(rewards: Sequence[LoadedReward], outcomes: Mapping[str, Outcome]) 
             raise RewardError(f"reward {reward.name!r} {reason}")
         if failed > reward.max_failures * total:
             share = "" if failed == total else f" (in {failed} of {total} completions, more than max_failures)"
-            raise RewardError(f"reward {reward.name!r} {reason}{share}")
+            raise RewardFailedError(f"reward {reward.name!r} {reason}{share}")
         report[f"failures/{reward.name}"] = float(failed)
         for name in sorted({name for row in mine for name in row[5]}):
             weighted = [(row[5][name], row[1]) for row in mine if name in row[5]]

@@ -1,10 +1,14 @@
-"""The error of a wrong recipe or argument, and the hint that comes with it."""
+"""Errors that the command line treats each in its own way, and the hint that comes with the user's mistakes."""
 
 import difflib
 
 
 class RecipeError(Exception):
     """The user's recipe or arguments are wrong. The message is one line: where, what, what to do."""
+
+
+class PeerError(RuntimeError):
+    """Another process failed; it says itself how."""
 
 
 def nearest(name: str, valid: list[str]) -> str:

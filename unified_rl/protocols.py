@@ -178,8 +178,14 @@ class Engine(Protocol):
         """Inside it, rank 0 sees whole weights also where they are sharded; called by every rank."""
         ...
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that `save` writes, about, on all ranks together."""
+        ...
+
     def save(self, directory: Path) -> None:
-        """Write optimiser, scheduler and module state; called by every rank."""
+        """Write optimiser, scheduler and module state; called by every rank, whose files are complete when all have
+        returned."""
         ...
 
     def load(self, directory: Path) -> None:

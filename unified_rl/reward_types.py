@@ -16,7 +16,11 @@ from unified_rl.errors import RecipeError
 
 
 class RewardError(RecipeError):
-    """A reward failed too often, or cannot be used with these data."""
+    """A reward cannot be used with these data."""
+
+
+class RewardFailedError(Exception):
+    """A reward failed too often: its code is wrong, or what it needs is gone. Standard error has its own traceback."""
 
 
 class WrongAnswerError(Exception):

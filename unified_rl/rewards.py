@@ -19,7 +19,7 @@ from unified_rl.recipe_reward import Gate, RewardBlock
 from unified_rl.reward_conventions import make_reward
 from unified_rl.reward_process import ProcessReward, ThreadedReward
 from unified_rl.reward_runner import Outcome, RewardRunner, merge
-from unified_rl.reward_types import RewardBatch, RewardError
+from unified_rl.reward_types import RewardBatch, RewardError, RewardFailedError
 
 if TYPE_CHECKING:
     from unified_rl.types import Completion, Prompt, Scores
@@ -189,8 +189,8 @@ class Scoring:
             float32 tensors on the CPU: see `Scores`.
 
         Raises:
-            RewardError: on all processes alike, if a reward cannot judge these data, or failed for more than its
-                `max_failures`.
+            RewardError: on all processes alike, if a reward cannot judge these data.
+            RewardFailedError: likewise, if one failed for more than its `max_failures`.
         """
         from unified_rl.composition import compose, shares_of  # torch, see the module's docstring
 
@@ -264,6 +264,7 @@ def _start(block: RewardBlock, index: int, device: str) -> ProcessReward | Threa
 __all__ = [
     "LoadedReward",
     "RewardError",
+    "RewardFailedError",
     "Scoring",
     "check_reward",
     "check_rewards",

@@ -29,16 +29,19 @@ def sample(
     console: Console,
     evaluation: bool = False,
     heard: Callable[[Sequence[Completion]], None] | None = None,
+    before_each: Callable[[], None] = lambda: None,
 ) -> Trajectory:
     """Sample all prompts, `batch` at a time.
 
     Args:
         heard: is given the completions of each batch as soon as they exist.
+        before_each: is called before every batch and may raise.
     """
     starts = range(0, len(prompts), batch)
     name = "evaluation" if evaluation else "rollout"
     parts = []
     for start in console.track(starts, name, len(starts)):
+        before_each()
         parts.append(policy.sample(prompts[start : start + batch], evaluation=evaluation))
         if heard is not None:
             heard(parts[-1].completions)
@@ -53,13 +56,26 @@ def roll_out(
     batch: int,
     console: Console,
     evaluation: bool = False,
+    before_each: Callable[[], None] = lambda: None,
 ) -> Rollout:
-    """Sample all prompts and have them judged; rewards work on one batch while the next is sampled."""
+    """Sample all prompts and have them judged; rewards work on one batch while the next is sampled.
+
+    `before_each` is called before every batch, and once more when all is judged; it may raise.
+    """
     started = time.perf_counter()
     scoring = Scoring(rewards, prompts, evaluation=evaluation)
-    trajectory = sample(policy, prompts, batch=batch, console=console, evaluation=evaluation, heard=scoring.add)
+    trajectory = sample(
+        policy,
+        prompts,
+        batch=batch,
+        console=console,
+        evaluation=evaluation,
+        heard=scoring.add,
+        before_each=before_each,
+    )
     sampled = time.perf_counter()
     scores = scoring.finish()
+    before_each()
     seconds = (sampled - started, time.perf_counter() - sampled)
     return Rollout(prompts=prompts, trajectory=trajectory, scores=scores, seconds=seconds)
 

@@ -10,18 +10,15 @@ generator's state, so that a resumed run goes on as if it had not stopped. For t
 between rollouts.
 """
 
-import signal
 import time
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from unified_rl.advantages import zero_std_fraction
 from unified_rl.assemble import Parts, assemble
-from unified_rl.checkpoint import find_checkpoint, load_state, save_checkpoint
 from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
 from unified_rl.evaluate import evaluate
@@ -29,24 +26,33 @@ from unified_rl.guard import alarms
 from unified_rl.methods import plan_windows
 from unified_rl.metrics import peak_mib, reward_metrics
 from unified_rl.prepare import Prepared, prepare
+from unified_rl.random_state import seed_all
 from unified_rl.recipe import Recipe
 from unified_rl.resample import replace_tied
+from unified_rl.resume import Position, resume
 from unified_rl.rollout import Rollout, roll_out, shown
+from unified_rl.saving import Saver, is_due
 from unified_rl.snapshots import TRAINED
+from unified_rl.stopping import UNASKED, Abandoned, StopSignal
 from unified_rl.tracking import open_run, read_jsonl
 from unified_rl.types import Prompt
 from unified_rl.update import replay_gap, update, window_loss, window_stats
 from unified_rl.windows import Window
 
-DONE, STOPPED = 0, 143
+DONE = 0
 
 
-def run_loop(parts: Parts, at: "Position", stop: "StopSignal") -> int:
+def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
     """Train from a position between two rollouts to the recipe's end; returns the exit code."""
     recipe, policy, engine = parts.recipe, parts.policy, parts.engine
-    step, index = at.step, at.rollout
+    step, index, held_out = at.step, at.rollout, None
+    saver = Saver(parts, at.step)
     while step < recipe.num_steps and not stop.requested():
-        rollout, prepared, row = collect(parts, index)
+        sent = engine.comm_bytes
+        try:
+            rollout, prepared, row = collect(parts, index, stop)
+        except Abandoned:
+            break
         before = step
         for number, windows in enumerate(plan_updates(parts, prepared, index)):
             started = time.perf_counter()
@@ -59,40 +65,40 @@ def run_loop(parts: Parts, at: "Position", stop: "StopSignal") -> int:
             if number == 0:
                 check_replay(recipe, changed["replay_gap"])
             coefs = parts.memory.observe({**row, **changed} if number == 0 else changed)
+            changed["comm/bytes"], sent = engine.comm_bytes - sent, engine.comm_bytes
             log_step(parts, step, {**row, **changed, **coefs}, time.perf_counter() - started, first=number == 0)
-            if parts.exam and (step % recipe.evaluation.every == 0 or step == recipe.num_steps):
-                examine(parts, step)
+            exam_due = step % recipe.evaluation.every == 0 or step == recipe.num_steps
+            held_out = examine(parts, step) if parts.exam and exam_due else None
             if step == recipe.num_steps or has_left(recipe, changed):
                 break
         parts.snapshots.tick("rollout")
         index += 1
         if not parts.exam:
             parts.run.save_samples(step, shown(rollout, recipe.evaluation.num_saved))
-        if is_due(recipe, before, step) or stop.requested():
-            state = {"step": step, "rollout": index, "memory": parts.memory.state()}
-            save_checkpoint(
-                parts.run.path,
-                step,
-                policy=policy,
-                engine=engine,
-                snapshots=parts.snapshots,
-                state=state,
-                keep=recipe.checkpoint.keep,
-            )
-    return STOPPED if step < recipe.num_steps else DONE
+        if is_due(recipe, before, step):
+            saver.save(step, index, held_out)
+    if step < recipe.num_steps:
+        saver.save(step, index, held_out)
+    saver.check_saved(step)
+    return stop.exit_code if step < recipe.num_steps else DONE
 
 
-def collect(parts: Parts, index: int) -> tuple[Rollout, list[Prepared], dict[str, float]]:
-    """Rollout number `index`, judged and prepared for its updates, and what it adds to the metrics."""
+def collect(parts: Parts, index: int, stop: StopSignal = UNASKED) -> tuple[Rollout, list[Prepared], dict[str, float]]:
+    """Rollout number `index`, judged and prepared for its updates, and what it adds to the metrics.
+
+    Raises:
+        Abandoned: if a stop was asked for before it was prepared.
+    """
     recipe, engine = parts.recipe, parts.engine
     parts.policy.rollout = index
-    prompts = parts.sampler.rollout(index, rank=engine.rank, world_size=engine.world_size)
-    rollout = draw(parts, prompts)
+    with distributed.agreed("reading prompts"):
+        prompts = parts.sampler.rollout(index, rank=engine.rank, world_size=engine.world_size)
+    rollout = draw(parts, prompts, stop)
     drawn = time.perf_counter()
     total = distributed.gather_rows(rollout.scores.total)
     breakdown = {name: distributed.gather_rows(values) for name, values in rollout.scores.breakdown.items()}
     # Rewards are reported as they were drawn: those of the groups that are kept would look better than they are.
-    kept, redrawn = refill(parts, rollout, index)
+    kept, redrawn = refill(parts, rollout, index, stop)
     refilled = time.perf_counter() - drawn
     prepared, known = prepare(parts.policy, recipe, parts.memory, kept, index)
     row = {
@@ -108,7 +114,7 @@ def collect(parts: Parts, index: int) -> tuple[Rollout, list[Prepared], dict[str
     return kept, prepared, row
 
 
-def refill(parts: Parts, rollout: Rollout, index: int) -> tuple[Rollout, dict[str, float]]:
+def refill(parts: Parts, rollout: Rollout, index: int, stop: StopSignal) -> tuple[Rollout, dict[str, float]]:
     """Put other prompts in the place of groups that teach nothing, if the recipe asks for it."""
     recipe, engine = parts.recipe, parts.engine
     if not recipe.resample:
@@ -120,16 +126,22 @@ def refill(parts: Parts, rollout: Rollout, index: int) -> tuple[Rollout, dict[st
         index=index,
         group_size=recipe.group_size,
         prompts_of=lambda number: parts.sampler.rollout(number, rank=engine.rank, world_size=engine.world_size),
-        draw=lambda prompts: draw(parts, prompts),
+        draw=lambda prompts: draw(parts, prompts, stop),
     )
 
 
-def draw(parts: Parts, prompts: Sequence[Prompt]) -> Rollout:
-    """Judged trajectories of the weights that draw this run's rollouts."""
+def draw(parts: Parts, prompts: Sequence[Prompt], stop: StopSignal) -> Rollout:
+    """Judged trajectories of the weights that draw this run's rollouts.
+
+    Raises:
+        Abandoned: if a stop was asked for.
+    """
     recipe = parts.recipe
     with parts.snapshots.use(recipe.rollout_weights):
         batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
-        return roll_out(parts.policy, parts.rewards, prompts, batch=batch, console=parts.console)
+        return roll_out(
+            parts.policy, parts.rewards, prompts, batch=batch, console=parts.console, before_each=stop.check
+        )
 
 
 def plan_updates(parts: Parts, prepared: Sequence[Prepared], index: int) -> Iterator[list[Window]]:
@@ -185,16 +197,17 @@ def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: flo
         "samples_per_second": share / (waited / recipe.updates_per_rollout + update_seconds) if first else float("nan"),
         "memory/peak_mib": peak_mib(),
     }
-    if parts.engine.world_size > 1:
-        complete["comm/bytes"] = parts.engine.comm_bytes
+    if parts.engine.world_size == 1:
+        del complete["comm/bytes"]
     if not torch.isfinite(torch.tensor(row["grad_norm"])):
         parts.run.log_event("warning", f"step {step}: gradient norm {row['grad_norm']}, update skipped")
     parts.run.log_metrics(complete)
     parts.console.metrics(complete)
 
 
-def examine(parts: Parts, step: int) -> None:
-    """Evaluate on the held-out prompts; write the numbers, samples, and what is suspicious about them."""
+def examine(parts: Parts, step: int) -> float:
+    """Evaluate on the held-out prompts; write the numbers, samples, and what is suspicious about them; returns the mean
+    reward."""
     with parts.snapshots.use(parts.recipe.evaluation.weights):
         metrics, rollout = evaluate(parts.policy, parts.rewards, parts.exam, parts.recipe, parts.console)
     parts.run.log_evaluation({"step": step, **metrics})
@@ -206,50 +219,16 @@ def examine(parts: Parts, step: int) -> None:
     parts.run.save_samples(step, shown(rollout, parts.recipe.evaluation.num_saved))
     means = [f"{key.split('/')[1]} {value:.3f}" for key, value in metrics.items() if key.endswith("/mean")]
     parts.console.log(f"held-out at step {step}: {', '.join(means)}")
+    return metrics["reward"]
 
 
-def is_due(recipe: Recipe, before: int, step: int) -> bool:
-    """Whether the rollout from `before` to `step` crossed a multiple of checkpoint.every, or the end."""
-    return step == recipe.num_steps or step // recipe.checkpoint.every > before // recipe.checkpoint.every
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Position:
-    """A place between two rollouts."""
-
-    step: int
-    """Optimiser steps taken."""
-    rollout: int
-    """Rollouts taken; an early stop makes them more than steps / updates_per_rollout."""
-
-
-class StopSignal:
-    """SIGTERM asks for a stop; it is granted between rollouts, after a checkpoint, on all processes alike."""
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def requested(self) -> bool:
-        """Whether any process was asked to stop; called by all."""
-        return distributed.broadcast_flag(self._asked)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        def ask(*_: object) -> None:
-            self._asked = True
-
-        before = signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-def train(recipe: Recipe, output: Path, *, resume: str) -> int:
-    """Run a recipe in the folder `output`; returns the exit code (0 done, 143 stopped by SIGTERM after saving).
+def train(recipe: Recipe, output: Path, *, resume: str, allow: Sequence[str] = ()) -> int:
+    """Run a recipe in the folder `output`; returns the exit code (0 done, 143 stopped by SIGTERM after saving, 130 by
+    Ctrl-C).
 
     Args:
         resume: "auto", "never", or the folder of a checkpoint.
+        allow: keys of the recipe that may have changed since the checkpoint.
 
     Raises:
         RecipeError: for what is wrong with the recipe, its data, rewards or model.
@@ -262,29 +241,22 @@ def train(recipe: Recipe, output: Path, *, resume: str) -> int:
     try:
         with stop.listening():
             parts = assemble(recipe, run)
-            return run_loop(parts, start(parts, resume), stop)
+            seed_all(recipe.seed, distributed.rank())
+            return run_loop(parts, start(parts, resume, allow), stop)
+    except Exception:
+        run.log_event("error", traceback.format_exc())
+        raise
     finally:
         run.close()
         distributed.shutdown()
 
 
-def start(parts: Parts, resume: str) -> Position:
+def start(parts: Parts, resume_from: str, allow: Sequence[str] = ()) -> Position:
     """Resume from a checkpoint or begin anew; returns where to go on from."""
-    checkpoint = find_checkpoint(parts.run.path, resume, parts.console.log)
-    step = index = 0
-    if checkpoint is not None:
-        parts.engine.load(checkpoint / "trainer")
-        parts.snapshots.load(checkpoint / "trainer" / "snapshots")
-        state = load_state(checkpoint)
-        step, index = state["step"], state["rollout"]
-        parts.memory.restore(state["memory"])
-        parts.policy.version = step
-        parts.run.log_event("info", f"resumed from {checkpoint.name}")
-        parts.console.log(f"resumed from {checkpoint}")
-        if step >= parts.recipe.num_steps:
-            parts.console.log(f"nothing left to do: the run has its {parts.recipe.num_steps} steps")
-    parts.run.truncate(step if checkpoint is not None else -1)
+    position = resume(parts, resume_from, allow)
+    begins = position == Position(step=0, rollout=0)
+    parts.run.truncate(-1 if begins else position.step)
     parts.run.write_recipe(parts.recipe)
-    if parts.exam and step == 0:
+    if parts.exam and begins:
         examine(parts, 0)
-    return Position(step=step, rollout=index)
+    return position

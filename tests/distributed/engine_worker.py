@@ -97,8 +97,8 @@ def build(stage: str, seed: int = 0):
     return module, build_engine(module, recipe("deepspeed", stage), num_steps=NUM_STEPS)
 
 
-def settings() -> dict:
-    """One result per (stage, what)."""
+def settings(folder: Path) -> dict:
+    """One result per (stage, what). The stages' states after two steps stay in `folder`."""
     ranks = range(distributed.rank(), distributed.rank() + 1)
     results = {}
     for stage in STAGES:
@@ -118,8 +118,11 @@ def settings() -> dict:
             norms = list(train(module, engine, SPLITS["mixed"], ranks, bad_step=1))
             norms = distributed.gather_objects([[str(norm) for norm in norms]])
             results[stage, "bad"] = {"weights": weights(module, engine), "norms": norms, "lr": engine.lr}
-            results[stage, "resumed"] = resumed(stage, ranks)
             results[stage, "snapshots"] = snapshots(stage, ranks)
+            results[stage, "resumed"] = resumed(stage, ranks, folder)
+            # What other stages, and one process, wrote goes on here.
+            others = [other for other in (*STAGES, "one process") if other != stage and (folder / other).exists()]
+            results[stage, "crossed"] = {other: last_step(stage, ranks, folder / other)[0] for other in others}
     return results
 
 
@@ -140,26 +143,30 @@ def sharding_everything(wanted: bool):
     return patch.object(deepspeed, "_config", config)
 
 
-def resumed(stage: str, ranks: range) -> dict:
-    """Train, save after step 2, continue; then again from the file in a new engine around other weights."""
+def resumed(stage: str, ranks: range, folder: Path) -> dict:
+    """Train, save after step 2, continue; then again from the files in a new engine around other weights."""
     module, engine = build(stage)
     steps = train(module, engine, SPLITS["mixed"], ranks)
     next(steps), next(steps)
-    with tempfile.TemporaryDirectory() as own:
-        shared = Path(distributed.gather_objects([own])[0])
-        engine.save(shared / "trainer")
-        straight_norm, straight = next(steps), weights(module, engine)
-        module, engine = build(stage, seed=1)
-        copy_frozen(module, stage)
-        engine.load(shared / "trainer")
-        lr = engine.lr
-        plan = windows(2, SPLITS["mixed"][2], "alike")
-        for x, y, use in plan[ranks[0]]:
+    engine.save(folder / stage)
+    straight_norm, straight = next(steps), weights(module, engine)
+    again, norm, lr = last_step(stage, ranks, folder / stage)
+    return {"straight": straight, "again": again, "norms": (straight_norm, norm), "lr": lr}
+
+
+def last_step(stage: str, ranks: range, state: Path) -> tuple[dict[str, Tensor], float, float]:
+    """Load a state after step 2 into a new engine around other weights, and take step 3: weights, norm, rate before."""
+    module, engine = build(stage, seed=1)
+    copy_frozen(module, stage)
+    engine.load(state)
+    lr = engine.lr
+    for rank in ranks:
+        for x, y, use in windows(2, SPLITS["mixed"][2], "alike")[rank]:
             with engine.window():
                 engine.backward(3.0 * (module(x, use) - y).pow(2).sum() / (ROWS * 8))
-        norm, again = engine.step(), weights(module, engine)
-        distributed.barrier()
-    return {"straight": straight, "again": again, "norms": (straight_norm, norm), "lr": lr}
+    norm, trained = engine.step(), weights(module, engine)
+    distributed.barrier()
+    return trained, norm, lr
 
 
 def snapshots(stage: str, ranks: range) -> dict:
@@ -254,7 +261,11 @@ def checkpoints(run_folder: Path) -> dict:
 
 def main(out: Path) -> None:
     distributed.initialise(timeout_seconds=60)
-    results = {"settings": settings(), "helpers": helpers(), "checkpoints": checkpoints(out.parent / "run")}
+    results = {
+        "settings": settings(out.parent / "states"),
+        "helpers": helpers(),
+        "checkpoints": checkpoints(out.parent / "run"),
+    }
     if distributed.is_main():
         torch.save(results, out)
     distributed.shutdown()

@@ -25,6 +25,11 @@ def folder(tmp_path_factory):
 def results(folder):
     """What `engine_worker.py` found in two processes (one launch for all tests: importing DeepSpeed takes seconds)."""
     out = folder / "results.pt"
+    module = worker.Net(0)
+    engine = build_engine(module, worker.recipe("local", "0"), num_steps=worker.NUM_STEPS)
+    steps = worker.train(module, engine, worker.SPLITS["mixed"], range(worker.NUM_RANKS))
+    next(steps), next(steps)
+    engine.save(folder / "states" / "one process")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launcher, str(Path(worker.__file__)), str(out)]
@@ -103,6 +108,24 @@ def test_a_loaded_engine_continues_identically(results, stage):
     assert found["lr"] == pytest.approx(1e-2)
     for name, weight in found["straight"].items():
         assert torch.equal(weight, found["again"][name]), name
+
+
+@pytest.mark.parametrize("stage", worker.STAGES)
+def test_other_stages_and_another_number_of_processes_go_on_from_a_state(results, folder, stage):
+    expected, _ = local(worker.SPLITS["mixed"])
+    crossed = results["settings"][stage, "crossed"]
+    assert "one process" in crossed and len(crossed) == 1 + worker.STAGES.index(stage)
+    for found in crossed.values():
+        assert_equal_weights(found, expected)
+    module = worker.Net(1)
+    module.frozen.load_state_dict(worker.Net(0).frozen.state_dict())
+    engine = build_engine(module, worker.recipe("local", "0"), num_steps=worker.NUM_STEPS)
+    engine.load(folder / "states" / stage)
+    for rank in range(worker.NUM_RANKS):
+        for x, y, use in worker.windows(2, worker.SPLITS["mixed"][2], "alike")[rank]:
+            engine.backward(3.0 * (module(x, use) - y).pow(2).sum() / (worker.ROWS * 8))
+    engine.step()
+    assert_equal_weights(worker.weights(module, engine), expected)
 
 
 def test_comm_bytes_follow_the_formula(results):

@@ -16,7 +16,7 @@ from unified_rl.recipe_reward import Gate, RewardBlock
 from unified_rl.reward_process import CallFailedError
 from unified_rl.reward_runner import RewardRunner
 from unified_rl.reward_types import Judged, RewardBatch
-from unified_rl.rewards import LoadedReward, RewardError, Scoring, check_rewards, load_rewards, score
+from unified_rl.rewards import LoadedReward, RewardFailedError, Scoring, check_rewards, load_rewards, score
 from unified_rl.types import Completion, Prompt
 
 REWARDS = """
@@ -109,7 +109,7 @@ def test_a_failure_excludes_is_counted_and_the_next_call_works(
     assert again.breakdown["moody"].nan_to_num(nan=-1.0).tolist() == [1.0, -1.0, -1.0, 1.0]
     assert again.report["failures/moody"] == 0.0, "abstaining is no failure"
     strict = LoadedReward(name="moody", runner=reward.runner, max_failures=0.4)
-    with pytest.raises(RewardError, match=rf"^reward 'moody' {reason}"):
+    with pytest.raises(RewardFailedError, match=rf"^reward 'moody' {reason}"):
         score([strict], prompts("fine", what), said(2))
 
 
@@ -257,4 +257,4 @@ def test_a_run_goes_on_without_a_reward_that_dies_now_and_then(tmp_path: Path) -
     assert second["failures/dying"] == 0.0
     keys[0] = f"rewards=[{{name: {rewards}:gone, retries: 0}}]"
     rewards.write_text("import os\ndef gone(completions, **columns): os._exit(9)\n")
-    assert main(["train", "quickstart_vlm", *keys, *small, "--output", str(tmp_path / "second")]) == 2
+    assert main(["train", "quickstart_vlm", *keys, *small, "--output", str(tmp_path / "second")]) == 1

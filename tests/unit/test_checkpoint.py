@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_layout_and_manifest(save, tmp_path):
     assert {entry["path"]: entry["size"] for entry in manifest["files"]} | {
         "manifest.json": on_disk["manifest.json"]
     } == on_disk
-    assert {"policy/nested/adapter.bin", "trainer/weights.safetensors"} <= set(on_disk)
+    assert {"policy/nested/adapter.bin", "trainer/state_00000_00.safetensors"} <= set(on_disk)
     assert (manifest["step"], manifest["world_size"]) == (10, 1)
     hashes = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
     # printf weights | sha256sum
@@ -97,7 +98,7 @@ def damage_content(path):
 
 
 def damage_size(path):
-    file = path / "trainer/weights.safetensors"
+    file = path / "trainer/state_00000_00.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     return file
 
@@ -165,7 +166,7 @@ def test_symbolic_links_are_refused(save, tmp_path):
         verify(path)
 
 
-@pytest.mark.parametrize("changes", [{"format": 2}, {"files": None}, {"files": [{}]}, {"state": []}, {"step": "1"}])
+@pytest.mark.parametrize("changes", [{"format": 1}, {"files": None}, {"files": [{}]}, {"state": []}, {"step": "1"}])
 def test_an_unreadable_manifest_is_an_error_not_a_crash(save, tmp_path, changes):
     path = save(1)
     edit_manifest(path, **changes)
@@ -219,3 +220,30 @@ def test_state_must_be_json(save, tmp_path):
     with pytest.raises(TypeError):
         save(1, tensor=torch.zeros(1))
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_best_by_the_held_out_reward_is_kept_beside_the_newest(save, tmp_path):
+    for step, held_out in ((1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, 0.9)):
+        save(step, keep=1, held_out=held_out)
+    assert names(tmp_path) == ["step_000002", "step_000005"], "of equals the earliest"
+    save(6, keep=1, held_out=0.95)
+    assert names(tmp_path) == ["step_000006"]
+
+
+def test_nothing_is_begun_without_room(save, tmp_path, monkeypatch):
+    save(1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(CheckpointError, match="no room: 0 MiB are needed"):
+        save(2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def test_later_checkpoints_are_set_aside_and_never_resumed_from(save, tmp_path):
+    for step in (1, 2, 3):
+        save(step)
+    assert checkpoint.set_aside_later(tmp_path, 1) == ["step_000002", "step_000003"]
+    save(2)
+    save(3)
+    assert checkpoint.set_aside_later(tmp_path, 2) == ["step_000003"], "once more, over the older one"
+    assert names(tmp_path) == ["step_000001", "step_000002"]
+    assert (tmp_path / "checkpoints/superseded_step_000003/manifest.json").is_file()

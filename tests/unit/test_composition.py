@@ -11,7 +11,7 @@ from unified_rl.errors import RecipeError
 from unified_rl.recipe_file import load_recipe
 from unified_rl.recipe_reward import Gate
 from unified_rl.reward_runner import Outcome
-from unified_rl.rewards import LoadedReward, RewardError, reward_of
+from unified_rl.rewards import LoadedReward, RewardError, RewardFailedError, reward_of
 
 NAN = math.nan
 
@@ -49,7 +49,7 @@ def test_failures_above_the_limit_stop_with_the_name() -> None:
         "time/reward_work": 0.0,
     }
     much = Outcome(values=[1.0, NAN, NAN, 1.0], failed=2, reason="failed: x")
-    with pytest.raises(RewardError, match=r"^reward 'judge' failed: x \(in 2 of 4 completions, more than max"):
+    with pytest.raises(RewardFailedError, match=r"^reward 'judge' failed: x \(in 2 of 4 completions, more than max"):
         shares_of([judge], {"judge": much})
     with pytest.raises(RewardError, match=r"^reward 'judge' needs the column 'a'$"):
         shares_of([judge], {"judge": Outcome(values=[NAN], failed=0, reason="needs the column 'a'", fatal=True)})

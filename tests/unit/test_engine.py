@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from unified_rl.checkpoint import CheckpointError
@@ -168,11 +169,23 @@ class TestLocalFiles:
         engine.save(tmp_path)
         assert sorted(file.name for file in tmp_path.iterdir()) == [
             "engine.json",
-            "optimizer.safetensors",
-            "weights.safetensors",
+            "state_00000_00.safetensors",
         ]
         written = json.loads((tmp_path / "engine.json").read_text())
-        assert written == {"engine": "local", "step": 1, "adam_steps": {"2.weight": 1, "2.bias": 1}}
+        assert written == {"step": 1, "adam_steps": 1, "loss_scale": None, "world_size": 1}
+        kinds = ("exp_avg", "exp_avg_sq", "weight")
+        keys = sorted(load_file(tmp_path / "state_00000_00.safetensors"))
+        assert keys == [f"{kind}/2.{name}" for kind in kinds for name in ("bias", "weight")]
+
+    def test_large_states_are_written_in_parts(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("unified_rl.engine.state.PART_BYTES", 1)
+        engine = LocalEngine(net(), Optimizer(), num_steps=1)
+        train_step(engine, torch.randn(2, 4))
+        engine.save(tmp_path)
+        assert len(list(tmp_path.glob("state_*.safetensors"))) == 4
+        again = LocalEngine(net(seed=1), Optimizer(), num_steps=1)
+        again.load(tmp_path)
+        assert train_step(again, torch.ones(1, 4)) == train_step(engine, torch.ones(1, 4))
 
     def test_another_model_or_engine_is_refused(self, tmp_path):
         LocalEngine(net(), Optimizer(), num_steps=1).save(tmp_path)
@@ -180,9 +193,23 @@ class TestLocalFiles:
         for module, named in ((nn.Linear(4, 2), r"0\.bias"), (wider, r"0\.weight")):
             with pytest.raises(CheckpointError, match=f"other trained parameters than now, for instance {named}"):
                 LocalEngine(module, Optimizer(), num_steps=1).load(tmp_path)
-        (tmp_path / "engine.json").write_text('{"engine": "deepspeed"}')
-        with pytest.raises(CheckpointError, match="written by deepspeed"):
-            LocalEngine(net(), Optimizer(), num_steps=1).load(tmp_path)
+        for content in ('{"engine": "deepspeed"}', "[]", "", '{"step": 1}'):
+            (tmp_path / "engine.json").write_text(content)
+            with pytest.raises(CheckpointError, match="no state of an engine"):
+                LocalEngine(net(), Optimizer(), num_steps=1).load(tmp_path)
+
+    def test_a_pickle_in_disguise_is_refused_unread(self, tmp_path):
+        engine = LocalEngine(net(), Optimizer(), num_steps=1)
+        engine.save(tmp_path)
+
+        class Payload:
+            def __reduce__(self):
+                return Path.touch, (tmp_path / "executed",)
+
+        torch.save(Payload(), tmp_path / "state_00000_00.safetensors")
+        with pytest.raises(CheckpointError, match="no state of an engine"):
+            engine.load(tmp_path)
+        assert not (tmp_path / "executed").exists()
 
 
 class TestBuildEngine:
@@ -285,7 +312,7 @@ class TestSpawn:
 
     @pytest.mark.parametrize("code", [1, 2, 143])
     def test_the_first_failure_is_returned(self, stub, code):
-        stub(f"if [ $RANK = 1 ]; then exit {code}; fi; sleep 0.2; exit 7")
+        stub(f"if [ $RANK = 1 ]; then exit {code}; fi; sleep 5; exit 7")
         assert distributed.spawn(2, []) == code
 
     def test_a_signal_is_128_plus_its_number(self, stub):

@@ -20,7 +20,7 @@ from unified_rl.imports import load_import
 from unified_rl.recipe import RewardBlock
 from unified_rl.rewards import (
     LoadedReward,
-    RewardError,
+    RewardFailedError,
     check_reward,
     check_rewards,
     list_rewards,
@@ -166,7 +166,7 @@ def test_a_missing_column_is_named() -> None:
     def needy(prompts: list, completions: list, spec: list) -> list[float]:
         raise AssertionError("must not be called")
 
-    with pytest.raises(RewardError, match=r"^reward 'x' needs the column 'spec'; the data have: answer$"):
+    with pytest.raises(RecipeError, match=r"^reward 'x' needs the column 'spec'; the data have: answer$"):
         judge(needy, [prompt(answer="a")])
 
 
@@ -208,12 +208,12 @@ def test_failures_carry_the_rewards_name() -> None:
     async def broken_later(completions: list, **columns: Any) -> list[float]:
         raise TimeoutError("no answer")
 
-    with pytest.raises(RewardError, match=r"^reward 'x' failed: KeyError: ") as caught:
+    with pytest.raises(RewardFailedError, match=r"^reward 'x' failed: KeyError: ") as caught:
         judge(broken)
     assert "\n" not in str(caught.value)
-    with pytest.raises(RewardError, match=r"^reward 'x' failed: TimeoutError: no answer$") as caught:
+    with pytest.raises(RewardFailedError, match=r"^reward 'x' failed: TimeoutError: no answer$") as caught:
         judge(broken_later)
-    assert isinstance(caught.value, RecipeError), "the command line maps it to exit code 2"
+    assert not isinstance(caught.value, RecipeError), "the command line exits with 1: the code is wrong, not the recipe"
 
 
 # --- what comes back ---
@@ -261,7 +261,7 @@ def test_none_and_non_finite_exclude_the_sample(value: Any) -> None:
     ],
 )
 def test_anything_else_is_refused(scores: Any, message: str) -> None:
-    with pytest.raises(RewardError) as caught:
+    with pytest.raises(RewardFailedError) as caught:
         judge(returning(scores))
     assert str(caught.value).startswith(f"reward 'x' {message}")
 

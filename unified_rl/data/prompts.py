@@ -3,13 +3,14 @@ with exactly the prompts that an uninterrupted one would have seen, whatever the
 
 import functools
 import hashlib
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from unified_rl.data.sources import Row, check_source, image_cells, load_rows, media_columns
+from unified_rl.data.sources import ImageCell, Row, check_source, image_cells, load_rows, media_columns
 from unified_rl.errors import RecipeError
 from unified_rl.types import Prompt
 
@@ -73,6 +74,14 @@ class PromptSampler:
         for index, row in enumerate(self._rows):
             yield _prompt(_opened(row, index), group_id=index, seed=0)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all rows, to notice on resume that they are others."""
+        digest = hashlib.sha256()
+        for row in self._rows:
+            digest.update(json.dumps(row, sort_keys=True, default=_stable).encode())
+        return digest.hexdigest()
+
     def _row_at(self, position: int) -> int:
         """The row at a position of the endless stream."""
         epoch, offset = divmod(position, len(self._rows))
@@ -99,6 +108,17 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = list(range(num_rows))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return tuple(order)
+
+
+def _stable(value: object) -> str:
+    """What JSON does not know, as text that is the same in every process (of pictures in memory, their size)."""
+    if isinstance(value, ImageCell):
+        value = value.value
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, Image.Image):
+        return f"{value.mode} {value.size}"
+    return str(value) if isinstance(value, Path) else type(value).__name__
 
 
 def _hashed_seed(*parts: str | int) -> int:

@@ -9,7 +9,6 @@ on, gradients are exchanged while backward runs. Parameters may go unused in any
 any rank, from stage 2 on by all ranks alike.
 """
 
-import json
 import math
 import os
 import warnings
@@ -22,24 +21,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unified_rl.checkpoint import CheckpointError
 from unified_rl.engine import distributed
 from unified_rl.engine.optimizer import build_optimizer, clipped_step, lr_at, set_lr, trained_parameters
+from unified_rl.engine.state import (
+    MOMENTS,
+    Counts,
+    load_plain_state,
+    saved_state,
+    shapes_of,
+    state_bytes,
+    write_plain_state,
+    write_state,
+)
 from unified_rl.recipe import Optimizer
 
 # Said instead of detected, because detecting it on CPU prints a warning.
 os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 
 # With a compiler at hand DeepSpeed would build a shared-memory collective for CPUs that training never calls (measured:
 # two minutes at the first run). An empty table of compilable operators is its own way of saying that there is none.
 deepspeed.ops.__compatible_ops__ = {}
 # DeepSpeed's calls of collectives that torch renames; nothing that our user could change.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-
-TAG = "zero"
-"""DeepSpeed's name for the one checkpoint in a folder."""
 
 
 def _config(zero_stage: int, max_grad_norm: float) -> dict[str, Any]:
@@ -98,8 +111,9 @@ class DeepSpeedEngine:
         self._settings = optimizer
         self._num_steps = num_steps
         self._set_step(0)
-        self._trained = list(trained_parameters(module).values())
-        self._trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._trained)
+        self._trained: dict[str, Any] = trained_parameters(module)
+        self._shapes = shapes_of(self._trained)
+        self._trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._trained.values())
         self._adam = build_optimizer(module, optimizer)
         with _scalars_as_vectors(module, sharded=zero_stage == 3):
             self._engine, self._zero, _, _ = deepspeed.initialize(
@@ -151,13 +165,13 @@ class DeepSpeedEngine:
     def _plain_step(self) -> float:
         # Adds zeros for parameters without a gradient, so that the ranks' buckets have the same sizes.
         self._engine.buffered_allreduce_fallback()
-        return clipped_step(self._adam, self._trained, self.lr, self._settings.max_grad_norm)
+        return clipped_step(self._adam, list(self._trained.values()), self.lr, self._settings.max_grad_norm)
 
     def _sharded_step(self) -> float:
         set_lr(self._zero, self.lr)
         if self._stage == 1:
             # Stage 1 leaves out what has no gradient; left out on one rank only, the ranks' buckets would not match.
-            for parameter in self._trained:
+            for parameter in self._trained.values():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         self._engine.step()
@@ -201,10 +215,14 @@ class DeepSpeedEngine:
         """Whether each rank holds only its part of the parameters."""
         return self._stage == 3
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that `save` writes, about, on all ranks together."""
+        return state_bytes(self._shapes)
+
     def shards(self) -> dict[str, Tensor]:
         """This rank's part of every trained parameter (stage 3: flat and padded), to be read or written in place."""
-        trained: dict[str, Any] = trained_parameters(self.module)
-        tensors = {name: (p.ds_tensor if self._stage == 3 else p).data for name, p in trained.items()}
+        tensors = {name: (p.ds_tensor if self._stage == 3 else p).data for name, p in self._trained.items()}
         # A step gives parameters without dimensions one.
         return {name: tensor.view(1) if tensor.dim() == 0 else tensor for name, tensor in tensors.items()}
 
@@ -212,8 +230,7 @@ class DeepSpeedEngine:
         """Stage 3: gather anew what is whole at the moment and was gathered from the shards before they were written
         (small parameters, and those that DeepSpeed keeps from one pass to the next); called by every rank."""
         if self._stage == 3:
-            parameters: Iterable[Any] = self._trained
-            whole = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+            whole = [p for p in self._trained.values() if p.ds_status == ZeroParamStatus.AVAILABLE]
             if whole:
                 whole[0].partition(whole)
                 whole[0].all_gather(whole)
@@ -221,32 +238,75 @@ class DeepSpeedEngine:
     @contextmanager
     def full_weights(self) -> Iterator[None]:
         """Inside it, `module` holds whole trained parameters on every rank (stage 3 gathers them), for saving."""
-        with deepspeed.zero.GatheredParameters(self._trained, enabled=self._stage == 3):
+        with deepspeed.zero.GatheredParameters(list(self._trained.values()), enabled=self._stage == 3):
             yield
 
     def save(self, directory: Path) -> None:
-        """Write DeepSpeed's files, one of each rank for sharded state, and `engine.json`; called by every rank."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-        if distributed.is_main():
-            (directory / "engine.json").write_text(json.dumps({**self._identity(), "step": self._step}))
-        distributed.barrier()
+        """Write the trained weights and the optimiser's state; see `engine.state`. Called by every rank."""
+        if self._stage == 0:
+            write_plain_state(directory, self._trained, self._adam, self._step)
+        else:
+            states = [state for state in self._zero.optimizer.state.values() if state]
+            adam_steps = int(states[0]["step"]) if states else 0
+            write_state(directory, self._shapes, self._read, Counts(step=self._step, adam_steps=adam_steps))
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote, exactly; called by every rank.
+        """Restore what an engine's `save` wrote, exactly; called by every rank.
+
+        The number of processes, the ZeRO stage and the engine may have been others.
 
         Raises:
-            CheckpointError: if it was written by another engine, ZeRO stage or number of processes.
+            CheckpointError: if it was written for other parameters.
         """
-        written = json.loads((directory / "engine.json").read_text(encoding="utf-8"))
-        step = written.pop("step")
-        if written != self._identity():
-            raise CheckpointError(f"{directory}: written by {written}, cannot be read by {self._identity()}")
-        # Not strict, because frozen parameters were not written.
-        path, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False)
-        if path is None:
-            raise CheckpointError(f"{directory}: DeepSpeed found nothing to load")
-        self._set_step(step)
+        if self._stage == 0:
+            self._set_step(load_plain_state(directory, self._trained, self._adam))
+            return
+        with saved_state(directory, self._shapes) as saved:
+            self._make_moments(saved.counts.adam_steps)
+            for name, parameter in self._trained.items():
+                weight = saved.get("weight", name).to(distributed.device())
+                self._write(None, parameter, weight)
+                for kind in MOMENTS if saved.counts.adam_steps else ():
+                    self._write(kind, parameter, saved.get(kind, name).to(distributed.device()))
+                if self._stage < 3 or parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                    parameter.data.copy_(weight)
+            self._set_step(saved.counts.step)
 
-    def _identity(self) -> dict[str, Any]:
-        return {"engine": "deepspeed", "zero_stage": self._stage, "world_size": self.world_size}
+    def _write(self, kind: str | None, parameter: Any, value: Tensor) -> None:
+        """Set this rank's part of a parameter's float32 copy, or of one of its moments, from the whole value."""
+        if self._stage == 3:
+            # By the local interface: the other one fails for sizes that the number of ranks does not divide.
+            size = parameter.ds_tensor.numel()
+            flat = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+            part = flat[size * self.rank : size * (self.rank + 1)]
+            if kind is None:
+                safe_set_local_fp32_param(parameter, part)
+                parameter.ds_tensor.data.copy_(part)  # what forward passes gather
+            else:
+                safe_set_local_optimizer_state(parameter, part, kind)
+        elif kind is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _read(self, kind: str, name: str) -> Tensor:
+        """A whole value of sharded state, on every rank."""
+        parameter = self._trained[name]
+        if kind == "weight":
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, kind)
+
+    def _make_moments(self, adam_steps: int) -> None:
+        """Give Adam the state that it would have after `adam_steps` updates, its moments still zero."""
+        adam = self._zero.optimizer
+        adam.state.clear()
+        flat = [vector for group in adam.param_groups for vector in group["params"]]
+        if self._stage == 3:
+            flat = self._zero.fp32_partitioned_groups_flat  # `param_groups` are empty between steps
+        for vector in flat if adam_steps else ():
+            zeros = {kind: torch.zeros_like(vector) for kind in MOMENTS}
+            adam.state[vector] = {"step": torch.tensor(float(adam_steps)), **zeros}
+        if self._stage < 3 and adam_steps:
+            # What DeepSpeed does in its first step, or would have done: later than that, fragments point elsewhere.
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()

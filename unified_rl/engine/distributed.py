@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unified_rl.errors import PeerError
+
 GRACE_SECONDS = 30.0
 """How long processes may take to end (saving included) once one has failed or the launcher was told to stop."""
 
@@ -119,6 +121,25 @@ def max_over_ranks(values: Sequence[float]) -> list[float]:
 def broadcast_flag(flag: bool) -> bool:
     """True on every process if it is true on any."""
     return max_over_ranks([float(flag)])[0] > 0
+
+
+@contextmanager
+def agreed(what: str) -> Iterator[None]:
+    """What fails in this block on one process ends it on all of them, in place of leaving the others waiting.
+
+    Raises:
+        PeerError: on the processes where nothing failed, if it did elsewhere.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failed = int(max_over_ranks([float(rank() + 1) if error else 0.0])[0])
+    if error is not None:
+        raise error
+    if failed:
+        raise PeerError(f"{what}: failed on process {failed - 1}")
 
 
 def barrier() -> None:

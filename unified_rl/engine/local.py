@@ -1,20 +1,15 @@
 """The engine of one process: plain PyTorch, the reference that the sharded engines must agree with."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unified_rl.checkpoint import CheckpointError
 from unified_rl.engine import distributed
 from unified_rl.engine.optimizer import build_optimizer, clipped_step, lr_at, trained_parameters
+from unified_rl.engine.state import load_plain_state, shapes_of, state_bytes, write_plain_state
 from unified_rl.recipe import Optimizer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LocalEngine:
@@ -56,6 +51,11 @@ class LocalEngine:
 
     is_sharded = False
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that `save` writes, about."""
+        return state_bytes(shapes_of(self._trained))
+
     def shards(self) -> dict[str, Tensor]:
         """The trained parameters, whole, to be read or written in place."""
         return {name: parameter.data for name, parameter in self._trained.items()}
@@ -69,38 +69,13 @@ class LocalEngine:
         yield
 
     def save(self, directory: Path) -> None:
-        """Write `weights.safetensors`, `optimizer.safetensors` and `engine.json` into an existing or new folder."""
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: parameter.detach().contiguous() for name, parameter in self._trained.items()}
-        states = {name: self._adam.state[p] for name, p in self._trained.items() if p in self._adam.state}
-        moments = {f"{name}/{key}": state[key].contiguous() for name, state in states.items() for key in MOMENTS}
-        save_file(weights, directory / "weights.safetensors")
-        save_file(moments, directory / "optimizer.safetensors")
-        counts = {"engine": "local", "step": self._step, "adam_steps": {n: int(s["step"]) for n, s in states.items()}}
-        (directory / "engine.json").write_text(json.dumps(counts), encoding="utf-8")
+        """Write the trained weights and the optimiser's state; see `engine.state`."""
+        write_plain_state(directory, self._trained, self._adam, self._step)
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote, exactly.
+        """Restore what an engine's `save` wrote, exactly.
 
         Raises:
-            CheckpointError: if it was written by another engine or for other parameters.
+            CheckpointError: if it was written for other parameters.
         """
-        counts = json.loads((directory / "engine.json").read_text(encoding="utf-8"))
-        if counts["engine"] != "local":
-            raise CheckpointError(f"{directory}: written by {counts['engine']}, cannot be read by the local engine")
-        weights = load_file(directory / "weights.safetensors", device=str(distributed.device()))
-        moments = load_file(directory / "optimizer.safetensors", device=str(distributed.device()))
-        expected = {name: parameter.shape for name, parameter in self._trained.items()}
-        if {name: weight.shape for name, weight in weights.items()} != expected:
-            differing = sorted(set(weights) ^ set(expected)) or [n for n in expected if weights[n].shape != expected[n]]
-            raise CheckpointError(f"{directory}: other trained parameters than now, for instance {differing[0]}")
-        self._set_step(counts["step"])
-        self._adam.state.clear()
-        with torch.no_grad():
-            for name, parameter in self._trained.items():
-                parameter.copy_(weights[name])
-                if name in counts["adam_steps"]:
-                    self._adam.state[parameter] = {
-                        "step": torch.tensor(float(counts["adam_steps"][name])),
-                        **{key: moments[f"{name}/{key}"] for key in MOMENTS},
-                    }
+        self._set_step(load_plain_state(directory, self._trained, self._adam))

@@ -1,0 +1,132 @@
+"""N steps are the same as k steps, kill -9, and the other N - k: bit for bit, wherever the kill came."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+QUICKSTART = Path(__file__).parent.parent.parent / "recipes/quickstart"
+# Two prompts a rollout out of six: an epoch ends with every third rollout. Two updates a rollout.
+WORK = [
+    "num_steps=8",
+    "group_size=2",
+    "prompts_per_step=2",
+    "epochs=2",
+    "evaluation.num_prompts=2",
+    "evaluation.every=3",
+    "evaluation.num_saved=2",
+    "engine.threads=1",
+    "checkpoint.every=1",
+    "checkpoint.keep=9",
+]
+SHORT = {
+    "quickstart": ["policy.sampling.num_inference_steps=3", "policy.sampling.noise_steps=2"],
+    "quickstart_ddpo": [
+        "policy.sampling.num_inference_steps=3",
+        "policy.sampling.noise_steps=2",
+        "objective.train_steps=2",
+    ],
+    "quickstart_vlm": ["policy.sampling.max_new_tokens=4"],
+}
+REWARD = '''
+import os, random, signal
+import numpy as np
+
+calls = 0
+
+def reward(prompts, completions, **_):
+    """Draws from the global generators, and kills its process at the call that the environment names."""
+    global calls
+    calls += 1
+    if os.environ.get("KILL_AT_CALL") == str(calls) and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [random.random() + np.random.rand() for _ in completions]
+'''
+
+
+def command(recipe: str, folder: Path, *more: str) -> list[str]:
+    reward = folder.parent / "noisy.py"
+    reward.write_text(REWARD)
+    rows = folder.parent / "prompts.jsonl"
+    if not rows.exists():
+        words = (QUICKSTART / "digits.txt").read_text().splitlines()[:6]
+        rows.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words))
+    data = [
+        f"data.prompts={rows}",
+        f"data.evaluation={rows}",
+        f"rewards=[{{name: {reward}:reward, isolation: thread}}]",
+    ]
+    words = [*WORK, *SHORT[recipe], *data, "--output", str(folder), *more]
+    return [sys.executable, "-m", "unified_rl.cli", "train", recipe, *words]
+
+
+def run(recipe: str, folder: Path, *more: str, kill_at_call: int | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **({} if kill_at_call is None else {"KILL_AT_CALL": str(kill_at_call)})}
+    return subprocess.run(command(recipe, folder, *more), env=environment, capture_output=True, text=True, timeout=300)
+
+
+def timeless(folder: Path, name: str) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    noise = ("time/", "memory/", "samples_per_second")
+    return [{key: value for key, value in row.items() if not key.startswith(noise)} for row in rows]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights, optimiser, everything that the trainer remembers, metrics and evaluations."""
+    last = "checkpoints/step_000008"
+    manifests = [json.loads((folder / last / "manifest.json").read_text()) for folder in (one, other)]
+    hashes = [{entry["path"]: entry["sha256"] for entry in manifest["files"]} for manifest in manifests]
+    assert hashes[0] == hashes[1] and any(path.startswith("policy/") for path in hashes[0])
+    assert manifests[0]["state"] == manifests[1]["state"]
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert timeless(one, name) == timeless(other, name)
+
+
+def without_manifest(folder: Path, *steps: int) -> None:
+    """Checkpoints whose writing was interrupted just before their end."""
+    for step in steps:
+        (folder / f"checkpoints/step_{step:06d}/manifest.json").unlink()
+
+
+@pytest.mark.parametrize("recipe", SHORT)
+def test_killed_and_resumed_is_as_if_nothing_had_happened(recipe: str, tmp_path: Path):
+    whole = run(recipe, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    # Judged are: the base model, rollouts 0 and 1, and then the model of step 3, between the two updates of rollout 1.
+    killed = run(recipe, tmp_path / "parts", kill_at_call=4)
+    assert killed.returncode == -signal.SIGKILL
+    assert timeless(tmp_path / "parts", "metrics.jsonl")[-1]["step"] == 3
+    assert [path.name for path in (tmp_path / "parts/checkpoints").iterdir()] == ["step_000002"]
+    resumed = run(recipe, tmp_path / "parts")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    if recipe != "quickstart_vlm":
+        return
+    without_manifest(tmp_path / "parts", 8)  # from the epoch's end, step 6
+    assert run(recipe, tmp_path / "parts").returncode == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    again = run(recipe, tmp_path / "parts")
+    assert again.returncode == 0 and "nothing left to do" in again.stdout
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_under_zero(stage: int, tmp_path: Path):
+    recipe, zero = "quickstart_vlm", ["-n", "2", f"engine.zero_stage={stage}", "evaluation.every=100"]
+    whole = run(recipe, tmp_path / "whole", *zero)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    if stage == 3:
+        killed = run(recipe, tmp_path / "parts", *zero, kill_at_call=4)
+        assert killed.returncode == 128 + signal.SIGKILL
+    else:
+        shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+        without_manifest(tmp_path / "parts", 6, 8)
+    resumed = run(recipe, tmp_path / "parts", *zero)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "resumed from" in resumed.stdout
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
