@@ -66,25 +66,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train as a recipe says", allow_abbrev=False)
     _add_recipe(train)
-    train.add_argument("--output", metavar="DIR", type=Path, help="the run's folder (default: runs/<recipe name>)")
-    train.add_argument(
-        "--resume",
-        metavar="auto|never|PATH",
-        default="auto",
-        help="auto: from the newest complete checkpoint in the output folder, if there is one (default)",
-    )
-    train.add_argument(
-        "--allow-change",
-        metavar="KEY",
-        action="append",
-        default=[],
-        help="resume although this key of the recipe has changed; may be given several times",
-    )
-    train.add_argument(
-        "-n", dest="processes", metavar="PROCESSES", type=_positive, default=1, help="processes to start"
-    )
-    # the deepspeed launcher adds it to every command; ranks come from the environment
-    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    _add_run(train)
 
     validate = commands.add_parser("validate", help="check a recipe and explain what it will do", allow_abbrev=False)
     _add_recipe(validate)
@@ -128,6 +110,28 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--tiny", action="store_true", help="swap in a tiny random twin of the model, to try the recipe on a laptop"
     )
     _add_overrides(parser)
+
+
+def _add_run(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--output", metavar="DIR", type=Path, help="the run's folder (default: runs/<recipe name>)")
+    train.add_argument(
+        "--resume",
+        metavar="auto|never|PATH",
+        default="auto",
+        help="auto: from the newest complete checkpoint in the output folder, if there is one (default)",
+    )
+    train.add_argument(
+        "--allow-change",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="resume although this key of the recipe has changed; may be given several times",
+    )
+    train.add_argument(
+        "-n", dest="processes", metavar="PROCESSES", type=_positive, default=1, help="processes to start"
+    )
+    # the deepspeed launcher adds it to every command; ranks come from the environment
+    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,8 @@ class Optimizer(Block):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    max_skipped: int = Field(default=20, ge=1)
+    """The run stops when this many updates in a row were skipped because their gradient was not finite."""
     warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["none", "linear", "cosine"] = "none"
     """How the learning rate falls to zero at the last step."""
@@ -55,6 +57,14 @@ class EngineBlock(Block):
     (prompt and completion, padding included) and at most micro_batch trajectories. None: micro_batch alone."""
     rollout_batch: int | None = Field(default=None, ge=1)
     """Trajectories sampled at once; None: as many as a window."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """ZeRO 1 to 3: where the optimiser's state and its update live; cpu: torch's AdamW on the CPU."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """ZeRO 3: where the shards of the parameters live."""
+    deepspeed: dict[str, Any] | str = {}
+    """DeepSpeed's own configuration, in place or as a JSON file, merged over what these keys say."""
+    timeout: float = Field(default=1800.0, gt=0)
+    """Seconds to wait for a process that is gone or stuck before the run is ended, with that process named."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of each process; None: torch's own choice, shared out between local processes."""
 

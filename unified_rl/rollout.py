@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from unified_rl.engine.watch import enter
 from unified_rl.protocols import Console, Policy
 from unified_rl.rewards import LoadedReward, Scoring
 from unified_rl.tracking import Sample
@@ -74,6 +75,7 @@ def roll_out(
         before_each=before_each,
     )
     sampled = time.perf_counter()
+    enter("rewards")
     scores = scoring.finish()
     before_each()
     seconds = (sampled - started, time.perf_counter() - sampled)

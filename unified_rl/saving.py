@@ -6,6 +6,7 @@ from unified_rl import random_state
 from unified_rl.assemble import Parts
 from unified_rl.checkpoint import CheckpointError, save_checkpoint
 from unified_rl.engine import distributed
+from unified_rl.engine.watch import enter
 from unified_rl.recipe import Recipe
 
 
@@ -32,6 +33,7 @@ class Saver:
         parts = self._parts
         if step == self._saved_step:
             return
+        enter("checkpoint")
         try:
             save_checkpoint(
                 parts.run.path,

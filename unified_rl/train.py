@@ -10,6 +10,8 @@ generator's state, so that a resumed run goes on as if it had not stopped. For t
 between rollouts.
 """
 
+import functools
+import math
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,8 @@ import torch
 from unified_rl.advantages import zero_std_fraction
 from unified_rl.assemble import Parts, assemble
 from unified_rl.engine import distributed
-from unified_rl.errors import RecipeError
+from unified_rl.engine.watch import enter
+from unified_rl.errors import PeerError, RecipeError
 from unified_rl.evaluate import evaluate
 from unified_rl.guard import alarms
 from unified_rl.methods import plan_windows
@@ -45,7 +48,7 @@ DONE = 0
 def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
     """Train from a position between two rollouts to the recipe's end; returns the exit code."""
     recipe, policy, engine = parts.recipe, parts.policy, parts.engine
-    step, index, held_out = at.step, at.rollout, None
+    step, index, held_out, skipped = at.step, at.rollout, None, 0
     saver = Saver(parts, at.step)
     while step < recipe.num_steps and not stop.requested():
         sent = engine.comm_bytes
@@ -56,6 +59,7 @@ def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
         before = step
         for number, windows in enumerate(plan_updates(parts, prepared, index)):
             started = time.perf_counter()
+            enter("update")
             first = number == 0
             probed = probe_replay(parts, windows) if first and recipe.rollout_weights != TRAINED else None
             changed = update(policy, engine, windows, first_update=first and probed is None)
@@ -64,6 +68,8 @@ def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
             step += 1
             if number == 0:
                 check_replay(recipe, changed["replay_gap"])
+            skipped = 0 if math.isfinite(changed["grad_norm"]) else skipped + 1
+            check_finite(recipe, skipped, index)
             coefs = parts.memory.observe({**row, **changed} if number == 0 else changed)
             changed["comm/bytes"], sent = engine.comm_bytes - sent, engine.comm_bytes
             log_step(parts, step, {**row, **changed, **coefs}, time.perf_counter() - started, first=number == 0)
@@ -91,6 +97,7 @@ def collect(parts: Parts, index: int, stop: StopSignal = UNASKED) -> tuple[Rollo
     """
     recipe, engine = parts.recipe, parts.engine
     parts.policy.rollout = index
+    enter("rollout")
     with distributed.agreed("reading prompts"):
         prompts = parts.sampler.rollout(index, rank=engine.rank, world_size=engine.world_size)
     rollout = draw(parts, prompts, stop)
@@ -178,6 +185,22 @@ def check_replay(recipe: Recipe, gap: float) -> None:
         )
 
 
+class DivergedError(RuntimeError):
+    """Training has become impossible: no update has a finite gradient any more."""
+
+
+def check_finite(recipe: Recipe, skipped: int, rollout: int) -> None:
+    """
+    Raises:
+        DivergedError: if too many updates in a row were skipped.
+    """
+    if skipped >= recipe.optimizer.max_skipped:
+        raise DivergedError(
+            f"{skipped} updates in a row had no finite gradient, the last one of rollout {rollout}; the newest "
+            "checkpoint is from before or among them. Lower optimizer.lr, or look at the rewards and at policy.dtype"
+        )
+
+
 def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: float, *, first: bool) -> None:
     """Write and show the metrics of one optimiser step; `first`: of its rollout."""
     recipe = parts.recipe
@@ -208,6 +231,7 @@ def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: flo
 def examine(parts: Parts, step: int) -> float:
     """Evaluate on the held-out prompts; write the numbers, samples, and what is suspicious about them; returns the mean
     reward."""
+    enter("evaluation")
     with parts.snapshots.use(parts.recipe.evaluation.weights):
         metrics, rollout = evaluate(parts.policy, parts.rewards, parts.exam, parts.recipe, parts.console)
     parts.run.log_evaluation({"step": step, **metrics})
@@ -233,18 +257,27 @@ def train(recipe: Recipe, output: Path, *, resume: str, allow: Sequence[str] = (
     Raises:
         RecipeError: for what is wrong with the recipe, its data, rewards or model.
     """
-    distributed.initialise()
+    distributed.initialise(recipe.engine.timeout)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
     stop = StopSignal()
-    run = open_run(output, distributed.rank())
+    with distributed.agreed("opening the run's folder"):
+        run = open_run(output, distributed.rank())
+    watch = distributed.watch()
+    if watch is not None:
+        watch.report = functools.partial(run.log_event, "error")
     try:
         with stop.listening():
             parts = assemble(recipe, run)
             seed_all(recipe.seed, distributed.rank())
             return run_loop(parts, start(parts, resume, allow), stop)
-    except Exception:
-        run.log_event("error", traceback.format_exc())
+    except Exception as error:
+        lost = distributed.lost(error)
+        run.log_event("error", f"{lost}\n{traceback.format_exc()}".lstrip())
+        if watch is not None:
+            watch.fail(f"{type(error).__name__}: {error}")
+        if lost:
+            raise PeerError(lost) from error
         raise
     finally:
         run.close()

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unified_rl.engine.watch import Watch, waiting
 from unified_rl.errors import PeerError
 
 GRACE_SECONDS = 30.0
@@ -59,7 +60,7 @@ def initialise(timeout_seconds: float = 1800.0) -> None:
     """Join the processes that torchrun, deepspeed, SLURM or `spawn` started; otherwise stay one process, groupless.
 
     Args:
-        timeout_seconds: after which a collective that some process does not join fails.
+        timeout_seconds: how long to wait for a process that does not join in, before the run is given up.
     Raises:
         RuntimeError: if this machine has fewer CUDA devices than processes, or the variables are inconsistent.
     """
@@ -72,7 +73,27 @@ def initialise(timeout_seconds: float = 1800.0) -> None:
         torch.cuda.set_device(local_rank())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        # Later than the watch, which can say who is missing.
+        patience = timedelta(seconds=timeout_seconds + 30.0)
+        dist.init_process_group(backend, timeout=patience)
+        _watches.append(Watch(rank(), world_size(), timeout_seconds))
+        barrier()
+        _watches[0].start()
+
+
+_watches: list[Watch] = []
+"""At most one: who looks after the other processes."""
+
+
+def watch() -> Watch | None:
+    """The thread that notices when other processes are gone or stuck; None with one process."""
+    return _watches[0] if _watches else None
+
+
+def lost(error: Exception) -> str:
+    """Which processes are gone, if `error` is what losing one looks like; else empty."""
+    looks_lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error)
+    return _watches[0].gone() if _watches and looks_lost else ""
 
 
 def rank() -> int:
@@ -104,8 +125,9 @@ def _reduce(values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list
     if world_size() == 1:
         return [float(value) for value in values]
     total = torch.tensor(list(values), dtype=torch.float64, device=device())
-    dist.all_reduce(total, op=operation)
-    return total.tolist()
+    with waiting():
+        dist.all_reduce(total, op=operation)
+        return total.tolist()
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
@@ -167,7 +189,8 @@ def gather_rows(tensor: Tensor) -> Tensor:
     # Bytes: the backends do not agree on which dtypes they gather (bool, bfloat16).
     payload = tensor.detach().to(device()).contiguous().flatten().view(torch.uint8)
     parts = [torch.empty_like(payload) for _ in range(world_size())]
-    dist.all_gather(parts, payload)
+    with waiting():
+        dist.all_gather(parts, payload)
     return torch.cat(parts).view(tensor.dtype).view(-1, *tensor.shape[1:]).to(tensor.device)
 
 
@@ -188,6 +211,8 @@ def gather_objects(items: list[Any]) -> list[Any]:
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
+    while _watches:
+        _watches.pop().stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -268,7 +293,11 @@ def _wait(children: Sequence[subprocess.Popen]) -> int:
     while True:
         running = [child for child in children if child.poll() is None]
         failed = [child.returncode for child in children if child.returncode]
-        code = code or (failed[0] if failed else 0)
+        if failed and not code:
+            code = failed[0]
+            index = [child.returncode for child in children].index(code)
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            sys.stderr.write(f"process {index} {how}\n")
         if not running:
             return 128 - code if code < 0 else code
         if code and deadline is None:
