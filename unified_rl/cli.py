@@ -1,4 +1,4 @@
-"""The command line: `unified-rl train | validate | evaluate | report | list`.
+"""The command line: `unified-rl train | validate | evaluate | export | report | list`.
 
 Exit codes: 0 done, 1 failed, 2 the user's recipe or arguments are wrong (one line on standard error), 143 stopped by
 SIGTERM after saving. Nothing heavy is imported before a command is known, so that `--help` answers at once.
@@ -89,12 +89,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "--arguments", metavar="YAML", default="{}", help="keyword arguments, as in a recipe: '{top: 3}'"
     )
 
-    serve = commands.add_parser("serve", help="serve rewards over HTTP", allow_abbrev=False)
-    serve.add_argument(
-        "--reward", metavar="NAME", dest="rewards", action="append", required=True, help="as in a recipe; repeatable"
-    )
-    serve.add_argument("--host", default="127.0.0.1", help="any other than loopback needs UNIFIED_RL_TOKEN to be set")
-    serve.add_argument("--port", type=_positive, default=8000)
+    _add_serve(commands)
+    _add_export(commands)
 
     report = commands.add_parser("report", help="write a run's report.html", allow_abbrev=False)
     report.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
@@ -102,6 +98,36 @@ def _build_parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="list what can be named in a recipe", allow_abbrev=False)
     listing.add_argument("kind", choices=("policies", "rewards", "objectives", "presets", "recipes"))
     return parser
+
+
+def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    serve = commands.add_parser("serve", help="serve rewards over HTTP", allow_abbrev=False)
+    serve.add_argument(
+        "--reward", metavar="NAME", dest="rewards", action="append", required=True, help="as in a recipe; repeatable"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="any other than loopback needs UNIFIED_RL_TOKEN to be set")
+    serve.add_argument("--port", type=_positive, default=8000)
+
+
+def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    export = commands.add_parser(
+        "export", help="write a run's weights for diffusers, transformers or peft", allow_abbrev=False
+    )
+    export.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    export.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    export.add_argument(
+        "--format",
+        choices=("peft", "diffusers", "transformers", "merged"),
+        required=True,
+        help="peft: the adapter; diffusers, transformers: their own format; merged: the whole model",
+    )
+    export.add_argument("--weights", choices=("trained", "ema"), default="trained", help="default: trained")
+    export.add_argument(
+        "--checkpoint",
+        metavar="newest|best|STEP",
+        default="newest",
+        help="best: by the exam's reward; default: newest",
+    )
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -227,6 +253,20 @@ def _serve(arguments: argparse.Namespace) -> int:
     return serve_command(arguments.rewards, host=arguments.host, port=arguments.port)
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from unified_rl.export import export
+
+    chosen = export(
+        arguments.run,
+        arguments.out,
+        form=arguments.format,
+        weights=arguments.weights,
+        checkpoint=arguments.checkpoint,
+    )
+    sys.stdout.write(f"{chosen.name} -> {arguments.out}\n")
+    return DONE
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from unified_rl.report import write_report
 
@@ -247,6 +287,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "score": _score,
     "serve": _serve,
+    "export": _export,
     "report": _report,
     "list": _list,
 }

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import yaml
 
 from unified_rl.explain_method import method_lines
+from unified_rl.footprint import LIBRARIES, estimate
 from unified_rl.policies.noise_plan import noisy_steps
 from unified_rl.presets import PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe import Recipe
@@ -18,7 +19,6 @@ from unified_rl.recipe_objective import Objective
 from unified_rl.recipe_policy import PIPELINES, SAMPLING, DiffusionSampling
 from unified_rl.rewards import list_rewards
 from unified_rl.step_counts import trained_segments, trained_steps
-from unified_rl.weights import Sizes, measure
 
 _MEANINGS = {
     "group_std": "reward minus the group's mean, over the group's std",
@@ -180,23 +180,19 @@ def _run(steps: list[int]) -> str:
 
 
 def _memory_lines(recipe: Recipe) -> list[tuple[str, str]]:
-    with_reference = any(objective.needs_reference for objective in recipe.objective.values())
-    sizes = measure(recipe.policy, with_reference=with_reference)
-    if sizes is None:
+    footprint = estimate(recipe)
+    if footprint is None:
         return [("estimate", "none: there are no safetensors weights here to measure")]
+    sizes = footprint.sizes
     lines = [(name, f"{_count(number)} parameters") for name, number in sizes.components.items()]
-    return [*lines, ("trained", f"{_count(sizes.trained)} parameters"), ("estimate", _estimate(sizes))]
-
-
-def _estimate(sizes: Sizes) -> str:
-    parts = {
-        "weights": sizes.weight_bytes,
-        "gradients": sizes.gradient_bytes,
-        "Adam": sizes.optimizer_bytes,
-        "reference copy": sizes.reference_bytes,
-    }
-    shown = " + ".join(f"{name} {_size(number)}" for name, number in parts.items() if number)
-    return f"{_size(sizes.total_bytes)} = {shown}; activations are not counted, ZeRO would share some of it out"
+    shown = " + ".join(f"{name} {_size(number)}" for name, number in footprint.parts.items())
+    unknown = "" if footprint.activations else "; activations are not counted"
+    return [
+        *lines,
+        ("trained", f"{_count(sizes.trained)} parameters"),
+        ("estimate", f"{_size(footprint.total)} = {shown}{unknown}; ZeRO would share some of it out"),
+        ("process", f"about {_size(footprint.total + LIBRARIES)} resident on a CPU, with Python and its libraries"),
+    ]
 
 
 def _work_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:

@@ -9,10 +9,12 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from unified_rl.errors import RecipeError
+from unified_rl.footprint import estimate
 from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.policies.diffusion import DiffusionPolicy
 from unified_rl.policies.encoders import TextEncoders
 from unified_rl.policies.savings import apply, in_chunks
+from unified_rl.recipe_file import parse_recipe
 from unified_rl.recipe_policy import Adapter, DiffusionSampling, PolicyBlock, Savings, TextSampling
 from unified_rl.types import Prompt, Segment
 from unified_rl.worlds import shapes
@@ -112,6 +114,31 @@ def test_checkpointing_a_language_model_changes_no_gradient(quickstart: Path, lo
     assert fewer < 0.6 * kept, f"{fewer} of {kept} bytes"
     modes = [[module.training for module in policy.module.modules()] for policy in policies]
     assert modes[0] == modes[1], "training mode is left again"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_estimate_of_activations_is_right_within_a_factor_of_two(quickstart: Path, name: str, checkpointing: bool):
+    raw = {
+        "policy": {
+            "model": str(quickstart / name),
+            "adapter": {"kind": "lora", "rank": 4},
+            "memory": {"gradient_checkpointing": checkpointing},
+            "sampling": {"call": {"guidance_scale": 2.0}},
+        },
+        "data": {"prompts": "x.txt"},
+        "rewards": [{"name": "compressibility"}],
+        "engine": {"micro_batch": 8},
+    }
+    footprint = estimate(parse_recipe(raw, quickstart))
+    assert footprint is not None and footprint.activations is not None
+    policy = pipeline_policy(quickstart / name)
+    segment = policy.sample(prompts(8)).segments["image"]
+    kept = saved_bytes(policy, "image", segment, slice(1, 2))
+    if checkpointing:
+        assert footprint.activations < 0.7 * kept, "and less with checkpointing"
+    else:
+        assert 0.5 * kept < footprint.activations < 2 * kept
 
 
 @pytest.mark.parametrize("savings", [{"vae_slicing": True}, {"decode_batch": 1}, {"decode_batch": 3}])
