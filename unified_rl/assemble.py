@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from unified_rl.data.prompts import PromptSampler
+from unified_rl.data.recorded import RecordedSampler, check_recorded, load_recorded, weights_of
 from unified_rl.data.sources import load_rows
 from unified_rl.engine import build_engine, distributed
 from unified_rl.errors import RecipeError
@@ -44,14 +45,22 @@ class Parts:
     health: Health
 
 
+def build_sampler(recipe: Recipe) -> PromptSampler:
+    """The prompts of every rollout, with their samples if they were recorded."""
+    counts = {"seed": recipe.seed, "group_size": recipe.group_size, "prompts_per_step": recipe.prompts_per_step}
+    if recipe.data.rollouts is not None:
+        groups = load_recorded(recipe.data.rollouts, weights_of(recipe), recipe.group_size)
+        check_recorded(recipe, groups)
+        return RecordedSampler(groups, **counts)
+    rows = load_rows(recipe.data.prompts, "data.prompts")
+    check_rows(recipe.policy, rows, "data.prompts")
+    return PromptSampler(rows, **counts)
+
+
 def assemble(recipe: Recipe, run: Run) -> Parts:
     """Load everything that a run needs, cheap things first."""
     rewards = load_rewards(recipe.rewards, device=str(distributed.device()))
-    rows = load_rows(recipe.data.prompts, "data.prompts")
-    check_rows(recipe.policy, rows, "data.prompts")
-    sampler = PromptSampler(
-        rows, seed=recipe.seed, group_size=recipe.group_size, prompts_per_step=recipe.prompts_per_step
-    )
+    sampler = build_sampler(recipe)
     share = len(sampler.rollout(0, rank=distributed.rank(), world_size=distributed.world_size()))
     if share % recipe.minibatches:
         raise RecipeError(f"minibatches: {recipe.minibatches} does not divide the {share} samples of each process")

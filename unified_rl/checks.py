@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from unified_rl.data.recorded import check_recorded, load_recorded, weights_of
 from unified_rl.data.sources import check_source
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.imports import check_import
@@ -95,7 +96,11 @@ def _check_engine(recipe: Recipe) -> None:
 
 def _check_data(recipe: Recipe) -> list[str]:
     warnings = []
-    num_rows = check_source(recipe.data.prompts, "data.prompts")
+    num_rows = None
+    if recipe.data.rollouts is not None:
+        check_recorded(recipe, load_recorded(recipe.data.rollouts, weights_of(recipe), recipe.group_size))
+    else:
+        num_rows = check_source(recipe.data.prompts, "data.prompts")
     if num_rows is not None and num_rows < recipe.prompts_per_step:
         warnings.append(
             f"data.prompts: {num_rows} prompts for prompts_per_step = {recipe.prompts_per_step}; they repeat"

@@ -78,6 +78,30 @@ def method_conflicts(objective: "Objective", recipe: "Recipe") -> Iterator[tuple
         )
 
 
+def data_conflicts(recipe: "Recipe") -> Iterator[tuple[str, str]]:
+    """(key path, reason and alternative) for what recorded samples, or the lack of them, rule out."""
+    data = recipe.data
+    kinds = {kind for objective in recipe.objective.values() for kind in objective.kinds}
+    if bool(data.prompts) == (data.rollouts is not None):
+        yield "data", "give prompts to sample for, or rollouts that were recorded; one of them"
+    if data.rollouts is None:
+        return
+    if recipe.resample:
+        yield "resample", "redraws samples, recorded ones are what they are; leave it out"
+    if recipe.rollout_weights != "trained":
+        yield "rollout_weights", "recorded samples are drawn by no weights; leave it out"
+    if "reward" in kinds:
+        yield (
+            "objective.method",
+            "reward_gradient goes on from states that are not recorded; use nft or sft",
+        )
+    if "steps" in kinds and recipe.policy.family == "diffusion":
+        yield (
+            "objective.method",
+            "policy_gradient needs the chain that drew a picture, which is not recorded; use nft, awm, sft or dpo",
+        )
+
+
 def _of_the_method(objective: "Objective", tokens: bool) -> Iterator[tuple[str, str]]:
     for key, method in (("method", objective.method), ("beside", objective.beside)):
         kind = METHOD_KINDS.get(method or "")

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from unified_rl.types import Denoised, Prompt, Segment, StepStates, StepStats, Trajectory
+from unified_rl.types import Denoised, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
 
 class Policy(Protocol):
@@ -101,6 +101,15 @@ class EncodesAhead(Protocol):
     """A policy that may want to see all prompts before the first one is drawn."""
 
     def encode_ahead(self, prompts: Iterable[Prompt]) -> None: ...
+
+
+@runtime_checkable
+class RecordingPolicy(Policy, Protocol):
+    """A policy that can take over what was recorded elsewhere."""
+
+    def record(self, prompts: Sequence[Prompt], recorded: Sequence[Recorded]) -> Trajectory:
+        """Trajectories that end in the recorded completions; log-probs are 0 where they are unknown."""
+        ...
 
 
 @runtime_checkable

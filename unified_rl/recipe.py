@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from unified_rl.errors import nearest
-from unified_rl.method_rules import method_conflicts
+from unified_rl.method_rules import data_conflicts, method_conflicts
 from unified_rl.objective_rules import refusals
 from unified_rl.recipe_block import Block
 from unified_rl.recipe_objective import Objective
@@ -22,7 +22,9 @@ from unified_rl.recipe_snapshot import Ema, Snapshot
 class Data(Block):
     """Where prompts come from: a .jsonl, .csv or .txt file, `package.module:attr`, or `file.py:attr`."""
 
-    prompts: str
+    prompts: str = ""
+    rollouts: str | None = None
+    """In place of prompts: recorded samples to train on without generating any, a .jsonl or the folder of a run."""
     evaluation: str | None = None
     """Held-out prompts; None switches evaluation off."""
 
@@ -143,6 +145,8 @@ class Recipe(Block):
             raise ValueError(f"minibatches: {self.minibatches} does not divide the {self.samples_per_rollout} samples")
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every one has weight 0, so there is nothing to train on; give one a weight")
+        for key, reason in data_conflicts(self):
+            raise ValueError(f"{key}: {reason}")
         for reserved in {"trained", "ema"} & set(self.snapshots):
             raise ValueError(f"snapshots.{reserved}: the name is taken; the average has a block of its own, ema")
         if self.rollout_weights not in ("trained", *self.all_snapshots):

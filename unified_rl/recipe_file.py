@@ -88,7 +88,7 @@ def parse_recipe(raw: dict, folder: Path) -> Recipe:
     raw = json.loads(json.dumps(raw, default=str))
     _check_keys(raw, Recipe, "")
     _resolve_policy(raw, folder)
-    for block, key in (("data", "prompts"), ("data", "evaluation")):
+    for block, key in (("data", "prompts"), ("data", "rollouts"), ("data", "evaluation")):
         if isinstance(raw.get(block), dict) and isinstance(raw[block].get(key), str):
             raw[block][key] = locate(raw[block][key], folder)
     for reward in raw["rewards"] if isinstance(raw.get("rewards"), list) else []:

@@ -21,6 +21,7 @@ import torch
 
 from unified_rl.advantages import zero_std_fraction
 from unified_rl.assemble import Parts, assemble
+from unified_rl.data.recorded import RecordedSampler
 from unified_rl.engine import distributed
 from unified_rl.engine.watch import enter
 from unified_rl.errors import PeerError, RecipeError
@@ -30,6 +31,7 @@ from unified_rl.methods import plan_windows
 from unified_rl.metrics import peak_mib, reward_metrics
 from unified_rl.prepare import Prepared, prepare
 from unified_rl.random_state import seed_all
+from unified_rl.recall import recall
 from unified_rl.recipe import Recipe
 from unified_rl.resample import replace_tied
 from unified_rl.resume import Position, resume
@@ -62,7 +64,8 @@ def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
             enter("update")
             first = number == 0
             probed = probe_replay(parts, windows) if first and recipe.rollout_weights != TRAINED else None
-            changed = update(policy, engine, windows, first_update=first and probed is None)
+            own = probed is None and not isinstance(parts.sampler, RecordedSampler)
+            changed = update(policy, engine, windows, first_update=first and own)
             changed = changed if probed is None else {**changed, "replay_gap": probed}
             parts.snapshots.tick("step")
             step += 1
@@ -144,6 +147,8 @@ def draw(parts: Parts, prompts: Sequence[Prompt], stop: StopSignal) -> Rollout:
         Abandoned: if a stop was asked for.
     """
     recipe = parts.recipe
+    if isinstance(parts.sampler, RecordedSampler):
+        return recall(parts.policy, parts.rewards, parts.sampler, prompts, batch=recipe.engine.micro_batch)
     with parts.snapshots.use(recipe.rollout_weights):
         batch = recipe.engine.rollout_batch or recipe.engine.micro_batch
         return roll_out(

@@ -141,6 +141,17 @@ class Denoised:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """A completion that some policy once gave, to be trained on as it is."""
+
+    completion: Completion
+    token_ids: Sequence[int] | None
+    """What was drawn; None: the text's own tokens and an end."""
+    log_probs: Sequence[float] | None
+    """Of the tokens, by the policy that drew them; None: unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """What the rewards said about B completions."""
 

@@ -1,19 +1,24 @@
 """Methods that are no policy gradients: toy policies through the real trainer, and the numbers by hand."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_objective_wiring import BEGIN, rows_of
+import yaml
+from test_objective_wiring import BEGIN, DOCS, rows_of
 from torch import Tensor
 from toys import Bandit, Walker, again, build_parts
 
 from unified_rl.errors import RecipeError
+from unified_rl.method_rules import METHOD_KINDS
+from unified_rl.methods import PLANS
 from unified_rl.metrics import StepMetrics
-from unified_rl.objectives.preference import pair_losses
+from unified_rl.objectives.forward_process import FORWARD_LOSSES
+from unified_rl.objectives.preference import SCORE_LOSSES, pair_losses
 from unified_rl.objectives.sample_weights import SAMPLE_WEIGHTS
 from unified_rl.train import StopSignal, collect, plan_updates, run_loop, start
 from unified_rl.types import Denoised, Segment
@@ -263,6 +268,21 @@ def test_what_a_method_needs_of_the_recipe(tmp_path: Path, preset: str, keys: di
 def test_an_unknown_method_names_the_nearest(tmp_path: Path):
     with pytest.raises(RecipeError, match="no method 'ntf'; did you mean 'nft'"):
         build_parts(tmp_path, Bandit([0.0, 0.0]), objective={"method": "ntf"})
+
+
+def test_the_table_of_methods_is_the_recipes():
+    for kind, table in (("denoising", FORWARD_LOSSES), ("scores", SCORE_LOSSES)):
+        assert list(table) == [name for name, known in METHOD_KINDS.items() if known == kind]
+    assert set(METHOD_KINDS.values()) == set(PLANS)
+
+
+def test_the_method_in_the_docs_trains(tmp_path: Path):
+    text = DOCS.read_text(encoding="utf-8")
+    code, recipe = re.findall(r"```(?:python|yaml)\n(.*?)```", text[text.index("## Your own method") :], re.DOTALL)[:2]
+    (tmp_path / "contrast.py").write_text(code)
+    policy = Denoiser([0.0, 0.0])
+    assert run_loop(build_parts(tmp_path, policy, **yaml.safe_load(recipe), num_steps=24), BEGIN, StopSignal()) == 0
+    assert float(policy.module.weight.detach().min()) > 0.05
 
 
 def test_methods_from_a_file(tmp_path: Path):

@@ -470,7 +470,7 @@ def test_the_docs_have_the_presets_as_they_are():
 
 
 def test_the_loss_in_the_docs_trains(tmp_path: Path):
-    code, recipe = re.findall(r"```(?:python|yaml)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[:2]
+    code, recipe = re.findall(r"```(?:python|yaml)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[-2:]
     (tmp_path / "geometric.py").write_text(code)
     policy = Bandit([0.0, 0.0])
     parts = build_parts(tmp_path, policy, **yaml.safe_load(recipe), num_steps=16, epochs=2)

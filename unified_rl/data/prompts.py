@@ -62,7 +62,7 @@ class PromptSampler:
         prompts = []
         for member in range(rank * share, (rank + 1) * share):
             group = index * self._prompts_per_step + member // self._group_size
-            row = self._row_at(group)
+            row = self.row_at(group)
             if row not in opened:
                 opened[row] = _opened(self._rows[row], row)
             seed = _hashed_seed("rollout", self._seed, index, member)
@@ -82,7 +82,7 @@ class PromptSampler:
             digest.update(json.dumps(row, sort_keys=True, default=_stable).encode())
         return digest.hexdigest()
 
-    def _row_at(self, position: int) -> int:
+    def row_at(self, position: int) -> int:
         """The row at a position of the endless stream."""
         epoch, offset = divmod(position, len(self._rows))
         return _permutation(len(self._rows), self._seed, epoch)[offset]

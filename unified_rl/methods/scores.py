@@ -107,6 +107,7 @@ def _slopes(
     taught = trained_mask(parts.recipe, prepared, planned) & prepared.advantages.ne(0.0)
     texts = not isinstance(parts.policy, DenoisingPolicy)
     weights = _token_shares(prepared, taught) if texts else (row_weights(taught) / now.shape[1])[:, None].expand_as(now)
+    lengths = prepared.segment.loss_mask.sum(1) if texts else torch.ones(len(now))
     scores = distributed.gather_rows(now).requires_grad_()
     terms = ScoreTerms(
         scores=scores,
@@ -115,6 +116,7 @@ def _slopes(
         advantages=distributed.gather_rows(torch.where(taught, prepared.advantages.double(), 0.0)),
         group_ids=distributed.gather_rows(torch.tensor([prompt.group_id for prompt in prepared.prompts])),
         weights=distributed.gather_rows(weights),
+        lengths=distributed.gather_rows(lengths.clamp(min=1).double()),
         pair_coef=objective.pair_coef,
         pair_form=objective.pair_form,
         clip_low=objective.clip_low,

@@ -30,6 +30,8 @@ class ScoreTerms:
     """[N]."""
     weights: Tensor
     """[N, K] share of each score under `objective.aggregation`; 0 for samples that are left out."""
+    lengths: Tensor
+    """[N] tokens of a text; 1 for a picture."""
     pair_coef: float
     pair_form: str
     clip_low: float
@@ -76,9 +78,12 @@ def pair_losses(margins: Tensor, coef: float, form: str) -> Tensor:
 
 def dpo_loss(terms: ScoreTerms) -> ScoreLoss:
     """Mean over pairs of `pair_losses`: chosen is the sample of a group with a positive advantage, rejected the one
-    with a negative one; groups without such a pair teach nothing."""
+    with a negative one; groups without such a pair teach nothing. The margin of ipo is per token, as its authors meant
+    it and TRL does."""
     chosen, rejected = _pairs(terms.advantages, terms.group_ids)
     gain = terms.scores - terms.ref_scores
+    if terms.pair_form == "ipo":
+        gain = gain / terms.lengths[:, None]
     margins = gain[chosen] - gain[rejected]
     losses = pair_losses(margins, terms.pair_coef, terms.pair_form)
     if not len(chosen):

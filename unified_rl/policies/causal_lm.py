@@ -18,6 +18,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,9 +39,9 @@ from unified_rl.policies.memo import Memo
 from unified_rl.policies.savings import recomputing
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.teacher_forcing import can_share, plain_logits, shared_logits
-from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds
+from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds, recorded_tokens
 from unified_rl.recipe_policy import PolicyBlock, TextSampling
-from unified_rl.types import Completion, Prompt, Segment, StepStates, StepStats, Trajectory
+from unified_rl.types import Completion, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
 SEGMENT = "text"
 VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder|vqmodel)\.")
@@ -159,22 +160,45 @@ class CausalLMPolicy:
             drawn, drawn_log_probs = generate([inputs[row] for row in kind], uniforms[kind], settings)
             tokens[kind, : drawn.shape[1]], log_probs[kind, : drawn.shape[1]] = drawn, drawn_log_probs
         lengths = self._lengths(tokens)
-        tokens, log_probs = tokens[:, : max(lengths)], log_probs[:, : max(lengths)]
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        known = [row[:length] for row, length in zip(log_probs, lengths, strict=True)]
+        return self._trajectory(prompts, inputs, rows, known)
+
+    def record(self, prompts: Sequence[Prompt], recorded: Sequence[Recorded]) -> Trajectory:
+        """Recorded texts as trajectories.
+
+        Raises:
+            RecipeError: if a text is longer than max_new_tokens.
+        """
+        rows = [recorded_tokens(each, self._tokenizer, self._end_ids[0]) for each in recorded]
+        longest, limit = max(len(row) for row in rows), self.max_steps[SEGMENT]
+        if longest > limit:
+            raise RecipeError(f"data.rollouts: a text has {longest} tokens, policy.sampling.max_new_tokens is {limit}")
+        known = [
+            torch.zeros(len(row)) if each.log_probs is None else torch.tensor(each.log_probs, dtype=torch.float32)
+            for row, each in zip(rows, recorded, strict=True)
+        ]
+        return self._trajectory(prompts, self._inputs.prepare_all(prompts, self._settings[False]), rows, known)
+
+    def _trajectory(
+        self, prompts: Sequence[Prompt], inputs: list[Inputs], rows: list[Tensor], log_probs: list[Tensor]
+    ) -> Trajectory:
+        """Of tokens and their log-probs, row by row."""
+        lengths = torch.tensor([len(row) for row in rows])
         segment = Segment(
-            actions={"inputs": inputs, "tokens": [row[:n] for row, n in zip(tokens, lengths, strict=True)]},
-            rollout_log_probs=log_probs.masked_fill(~mask, 0.0),
-            loss_mask=mask,
-            turn_ids=torch.zeros(mask.shape, dtype=torch.int64),
+            actions={"inputs": inputs, "tokens": rows},
+            rollout_log_probs=pad_sequence(log_probs, batch_first=True),
+            loss_mask=torch.arange(int(lengths.max())) < lengths[:, None],
+            turn_ids=torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64),
             context_tokens=torch.tensor([row["input_ids"].shape[1] for row in inputs]),
         )
-        texts = [str(self._tokenizer.decode(row, skip_special_tokens=True)) for row in segment.actions["tokens"]]
+        texts = [str(self._tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
         return Trajectory(
             group_ids=torch.tensor([prompt.group_id for prompt in prompts]),
             segments={SEGMENT: segment},
             completions=[
                 Completion(text=text.strip(), images=(), truncated=int(row[-1]) not in self._end_ids)
-                for text, row in zip(texts, segment.actions["tokens"], strict=True)
+                for text, row in zip(texts, rows, strict=True)
             ],
             policy_version=self.version,
         )

@@ -149,13 +149,22 @@ def checkpointed_decoder(pipeline: Any) -> Iterator[None]:
     if not isinstance(vae, nn.Module):
         yield
         return
-    module: Any = vae
-    decode = module.decode
-    module.decode = functools.wraps(decode)(functools.partial(checkpoint, decode, use_reentrant=False))
+    decode: Callable = vae.decode
+    with replaced_decoder(vae, functools.wraps(decode)(functools.partial(checkpoint, decode, use_reentrant=False))):
+        yield
+
+
+@contextmanager
+def replaced_decoder(vae: Any, decode: Callable) -> Iterator[None]:
+    """Inside it, a VAE decodes by another function."""
+    own = vars(vae).get("decode")  # memory settings may have put one there
+    vae.decode = decode
     try:
         yield
     finally:
-        del module.decode  # the instance's; the class's own comes back
+        del vae.decode  # the instance's; the class's own comes back
+        if own is not None:
+            vae.decode = own
 
 
 def pictures_of(output: Any, num_rows: int, name: str) -> Tensor:

@@ -22,14 +22,14 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unified_rl.policies import differentiable, savings
+from unified_rl.policies import differentiable, recorded_pictures, savings
 from unified_rl.policies.bypass import bypassing, recording
 from unified_rl.policies.denoising import PredictPass, first_latents
 from unified_rl.policies.encoders import Encoders
 from unified_rl.policies.latent_states import StartPass, latent_states
 from unified_rl.policies.lora import lora_config, select_trained
 from unified_rl.policies.noise_plan import group_seed, noisy_steps, shares_initial_noise, stored_steps
-from unified_rl.policies.pipeline_call import call_arguments, rows_of
+from unified_rl.policies.pipeline_call import call_arguments, denoiser_name, rows_of
 from unified_rl.policies.scheduler_head import (
     LoopLeft,
     Pass,
@@ -40,10 +40,9 @@ from unified_rl.policies.scheduler_head import (
     stochastic_scheduler,
 )
 from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
-from unified_rl.types import Completion, Denoised, Prompt, Segment, StepStates, StepStats, Trajectory
+from unified_rl.types import Completion, Denoised, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
 SEGMENT = "image"
-DENOISERS = ("transformer", "unet", "prior", "dit", "decoder")
 CALL_DEFAULTS = "call_defaults.json"
 """A checkpoint folder may hold default call arguments in this file, beside model_index.json."""
 
@@ -76,6 +75,7 @@ class DiffusionPolicy:
             RecipeError: if the adapter or train patterns match nothing, or a call argument does not exist.
         """
         self.version = 0
+        self._layout: recorded_pictures.Layout | None = None
         self.rollout = 0
         self.max_steps: Mapping[str, int] = {}
         self._seed = seed
@@ -83,7 +83,7 @@ class DiffusionPolicy:
         self._block = block
         self._settings: dict[bool, Any] = {False: block.sampling, True: evaluation or block.sampling}
         self._call_defaults = dict(call_defaults or {})
-        self._name = _denoiser_name(pipeline)
+        self._name = denoiser_name(pipeline)
         self._head = SchedulerHead()
         if "scheduler" not in pipeline.components:
             raise UnsupportedPipelineError(f"{type(pipeline).__name__}: no component named scheduler")
@@ -270,6 +270,25 @@ class DiffusionPolicy:
     def _device(self) -> torch.device:
         return self.module.device
 
+    def record(self, prompts: Sequence[Prompt], recorded: Sequence[Recorded]) -> Trajectory:
+        """Recorded pictures as trajectories, see `recorded_pictures`."""
+        caught: list[Tensor] = []
+        settings = self._settings[False]
+
+        def run(tape: Pass, denoise: Callable) -> Tensor:
+            decoder = recorded_pictures.catching_decoder(self._pipeline, caught)
+            with torch.no_grad(), self._pass(tape, denoise, prompts[:1], settings, []), decoder, suppress(LoopLeft):
+                self._call(prompts[:1], settings)
+            return caught.pop()
+
+        self._layout = self._layout or recorded_pictures.layout_of(run)
+        completions = [each.completion for each in recorded]
+        segment = self._layout.segment(self._pipeline, prompts, completions)
+        groups = torch.tensor([prompt.group_id for prompt in prompts])
+        return Trajectory(
+            group_ids=groups, segments={SEGMENT: segment}, completions=completions, policy_version=self.version
+        )
+
     def sample_with_grad(self, name: str, segment: Segment, *, kind: str, step: int, seeds: Sequence[int]) -> Tensor:
         """A segment's pictures once more, [B, 3, H, W] in [0, 1], with gradients; see `differentiable`."""
         assert name == SEGMENT, f"a diffusion policy has no segment {name!r}"
@@ -367,16 +386,6 @@ class DiffusionPolicy:
         finally:
             del module.forward  # the instance's; the class's own comes back
             self._end()
-
-
-def _denoiser_name(pipeline: Any) -> str:
-    present = [name for name in DENOISERS if isinstance(pipeline.components.get(name), nn.Module)]
-    if not present:
-        raise UnsupportedPipelineError(f"{type(pipeline).__name__}: no denoiser among its components ({DENOISERS})")
-    second = [name for name in pipeline.components if name.startswith(f"{present[0]}_")]
-    if any(isinstance(pipeline.components[name], nn.Module) for name in second):
-        raise UnsupportedPipelineError(f"{type(pipeline).__name__}: two denoisers ({present[0]}, {second[0]})")
-    return present[0]
 
 
 def _stored(tape: SamplePass, dtype: torch.dtype | None) -> tuple[list[Tensor | list[Tensor]], list[int]]:

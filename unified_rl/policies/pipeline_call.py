@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from unified_rl.policies.scheduler_head import UnsupportedPipelineError
 from unified_rl.types import Prompt
 
 OWN = frozenset({"prompt", "generator", "num_inference_steps", "callback_on_step_end", "callback", "return_dict"})
 """Arguments that a dataset's column cannot set."""
+DENOISERS = ("transformer", "unet", "prior", "dit", "decoder")
 
 
 def call_arguments(pipeline_class: type, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,3 +121,18 @@ def _media(row: Any) -> tuple[Any, ...]:
     if isinstance(row, np.ndarray) and row.ndim == 4 and row.shape[-1] in (1, 3):  # [F, H, W, C] in [0, 1]
         return tuple(VaeImageProcessor.numpy_to_pil(row))
     return (row,)
+
+
+def denoiser_name(pipeline: Any) -> str:
+    """The component that is trained.
+
+    Raises:
+        UnsupportedPipelineError: if there is none, or a second one.
+    """
+    present = [name for name in DENOISERS if isinstance(pipeline.components.get(name), nn.Module)]
+    if not present:
+        raise UnsupportedPipelineError(f"{type(pipeline).__name__}: no denoiser among its components ({DENOISERS})")
+    second = [name for name in pipeline.components if name.startswith(f"{present[0]}_")]
+    if any(isinstance(pipeline.components[name], nn.Module) for name in second):
+        raise UnsupportedPipelineError(f"{type(pipeline).__name__}: two denoisers ({present[0]}, {second[0]})")
+    return present[0]

@@ -11,7 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from unified_rl.errors import RecipeError
 from unified_rl.recipe_policy import TokenSampling
-from unified_rl.types import Prompt
+from unified_rl.types import Prompt, Recorded
 
 MAX_PICTURE_SIDE = 16_384
 """Pixels; a larger picture is refused before a processor allocates for it."""
@@ -168,3 +168,11 @@ def _loaded(image: Any) -> Any:
     except (OSError, SyntaxError) as error:  # what Pillow raises for truncated and broken files
         raise RecipeError(f"data: a picture cannot be read: {error}") from error
     return image
+
+
+def recorded_tokens(recorded: Recorded, tokenizer: Any, end_id: int) -> Tensor:
+    """[L] the tokens of a recorded text, as they were drawn, or its own and an end."""
+    if recorded.token_ids is not None:
+        return torch.tensor(recorded.token_ids)
+    own = tokenizer(recorded.completion.text, add_special_tokens=False)["input_ids"]
+    return torch.tensor([*own, end_id])
