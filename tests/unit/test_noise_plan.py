@@ -1,11 +1,14 @@
 """Which steps are noisy in which rollout, by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.unit.toys import Bandit, again, build_parts
 from unified_rl.policies.noise_plan import group_seed, noisy_steps, stored_steps, window_start
 from unified_rl.recipe_policy import DiffusionSampling, NoiseShift
+from unified_rl.train import Position, StopSignal, run_loop, start
 
 
 def plans(rollouts: Any, *, seed: int = 0, **keys: Any) -> list[list[int] | None]:
@@ -80,3 +83,27 @@ def test_what_a_replay_needs():
 def test_impossible_plans_are_refused(keys: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         plans([0], **keys)
+
+
+class Counting(Bandit):
+    """Notes the number of each rollout that it draws."""
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        drawn.append(self.rollout)
+        return super().sample(*args, **kwargs)
+
+
+drawn: list[int] = []
+
+
+def test_the_trainer_counts_rollouts_across_a_resume(tmp_path: Path):
+    drawn.clear()
+    keys: dict[str, Any] = {"epochs": 2, "num_steps": 8, "checkpoint": {"every": 1, "keep": 9}, "resample": 1}
+    parts = build_parts(tmp_path, Counting([0.1, 0.0]), **keys)
+    run_loop(parts, Position(step=0, rollout=0), StopSignal())
+    assert sorted(set(drawn)) == [0, 1, 2, 3] and drawn == sorted(drawn), "groups drawn anew belong to the same rollout"
+    drawn.clear()
+    resumed = again(parts, tmp_path, Counting([0.1, 0.0]))
+    at = start(resumed, str(parts.run.path / "checkpoints" / "step_000004"))
+    run_loop(resumed, at, StopSignal())
+    assert sorted(set(drawn)) == [2, 3]
