@@ -174,7 +174,11 @@ class DeepSpeedEngine:
             for parameter in self._trained.values():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
+        unlinked = self._stage < 3 and not self._zero._hp_optimizer_states_linked
         self._engine.step()
+        if unlinked and self._zero._hp_optimizer_states_linked:
+            # DeepSpeed looks for Adam's moments after the first group's update, when a second group has none yet.
+            self._link_moments()
         if self._stage == 3:
             # A parameter that the next step's first window does not use would keep its gradient of this step.
             self._zero.grad_partitions_flat_buffer.zero_()
@@ -308,5 +312,9 @@ class DeepSpeedEngine:
             adam.state[vector] = {"step": torch.tensor(float(adam_steps)), **zeros}
         if self._stage < 3 and adam_steps:
             # What DeepSpeed does in its first step, or would have done: later than that, fragments point elsewhere.
-            self._zero._hp_optimizer_states_linked = False
-            self._zero._lazy_init_hp_params_optimizer_state()
+            self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Stages 1 and 2: let every parameter know where its moments are."""
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
