@@ -6,6 +6,7 @@ from pathlib import Path
 
 from unified_rl.data.recorded import check_recorded, load_recorded, weights_of
 from unified_rl.data.sources import check_source
+from unified_rl.engine.deepspeed_config import raw_config
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.imports import check_import
 from unified_rl.recipe import Recipe
@@ -51,10 +52,13 @@ def _check_policy(recipe: Recipe) -> None:
             if value is not None and ":" in value:
                 check_import(value, f"objective.{key}" if name == "all" else f"objective.{name}.{key}")
     if recipe.policy.dtype != "float32" and recipe.policy.adapter.kind == "none":
-        raise RecipeError(
-            f"policy.dtype: {recipe.policy.dtype} weights cannot be fine-tuned in full, small updates would be lost;"
-            " use float32, or policy.adapter.kind: lora"
-        )
+        if recipe.engine.zero_stage < 2:
+            raise RecipeError(
+                f"policy.dtype: fine-tuning {recipe.policy.dtype} weights in full needs float32 copies of them, which"
+                " engine.zero_stage 2 or 3 keeps (with one process too); or use float32, or policy.adapter.kind: lora"
+            )
+        if recipe.all_snapshots:
+            raise RecipeError("ema, snapshots: follow float32 weights only; use policy.dtype: float32, or an adapter")
     for pattern in recipe.policy.train or []:
         try:
             re.compile(pattern)
@@ -92,6 +96,8 @@ def _check_engine(recipe: Recipe) -> None:
         raise RecipeError(
             f"engine.zero_stage: {recipe.engine.zero_stage} needs deepspeed; say engine.backend: deepspeed, or auto"
         )
+
+    raw_config(recipe.engine)
 
 
 def _check_data(recipe: Recipe) -> list[str]:

@@ -59,10 +59,6 @@ class EngineBlock(Block):
     (prompt and completion, padding included) and at most micro_batch trajectories. None: micro_batch alone."""
     rollout_batch: int | None = Field(default=None, ge=1)
     """Trajectories sampled at once; None: as many as a window."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """ZeRO 1 to 3: where the optimiser's state and its update live; cpu: torch's AdamW on the CPU."""
-    offload_parameters: Literal["none", "cpu"] = "none"
-    """ZeRO 3: where the shards of the parameters live."""
     deepspeed: dict[str, Any] | str = {}
     """DeepSpeed's own configuration, in place or as a JSON file, merged over what these keys say."""
     timeout: float = Field(default=1800.0, gt=0)

@@ -3,9 +3,11 @@
 Also imported by that test, which trains the same windows in one process with the local engine.
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +20,22 @@ from unified_rl.recipe import EngineBlock, Optimizer
 from unified_rl.recipe_snapshot import Ema, Snapshot
 from unified_rl.snapshots import Snapshots
 
-NUM_RANKS = 2
+NUM_RANKS = int(os.environ.get("NUM_RANKS", "2"))
 NUM_STEPS = 3
 ROWS = 24
 NORM_LIMIT = 2.9
 """Between the gradient norms of the steps: some are clipped, some are not."""
 STAGES = ["0", "1", "2", "3", "3-sharded"]
+WHOLE_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+"""DeepSpeed keeps small parameters whole under stage 3; not so with this."""
+KEYS: dict[str, dict] = {
+    "3-sharded": {"deepspeed": WHOLE_SHARDS},
+    "2-fp16": {"deepspeed": {"fp16": {"initial_scale_power": 8}}},
+    "3-fp16": {"deepspeed": {"fp16": {"initial_scale_power": 8}}},
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+VARIANTS = ["2-bf16", "3-bf16", "2-fp16", "3-fp16"]
+"""Trained like the stages, with less tried on them."""
 UNEVEN_STAGES = ["0", "1"]
 """Where ranks may use different parameters."""
 SPLITS = {"one": (1, 1, 1), "three": (3, 3, 3), "mixed": (3, 1, 2)}
@@ -43,6 +55,7 @@ class Net(nn.Module):
         self.frozen.requires_grad_(False)
 
     def forward(self, x: Tensor, branch: bool) -> Tensor:
+        x = x.to(self.last.bias.dtype)
         y = self.last(torch.tanh(self.first(x))) * self.scale + self.frozen(x) + self.shift
         return y + self.branch(x) if branch else y
 
@@ -51,7 +64,8 @@ def recipe(backend: str, stage: str) -> SimpleNamespace:
     # Adam forgets the scale of gradients, and so would this test: a large eps and a clip limit inside their range
     # make it notice.
     optimizer = Optimizer(lr=1e-2, eps=0.1, max_grad_norm=NORM_LIMIT, weight_decay=0.1, warmup_steps=2, decay="linear")
-    return SimpleNamespace(optimizer=optimizer, engine=EngineBlock(backend=backend, zero_stage=int(stage[0])))
+    engine = EngineBlock(backend=backend, zero_stage=int(stage[0]), **KEYS.get(stage, {}))
+    return SimpleNamespace(optimizer=optimizer, engine=engine)
 
 
 def windows(step: int, num_windows: int, skipping: str) -> list[list[tuple[Tensor, Tensor, bool]]]:
@@ -93,7 +107,7 @@ def weights(module: Net, engine) -> dict[str, Tensor]:
 
 
 def build(stage: str, seed: int = 0):
-    module = Net(seed)
+    module = Net(seed).to(DTYPES.get(stage[2:], torch.float32))
     return module, build_engine(module, recipe("deepspeed", stage), num_steps=NUM_STEPS)
 
 
@@ -102,45 +116,33 @@ def settings(folder: Path) -> dict:
     ranks = range(distributed.rank(), distributed.rank() + 1)
     results = {}
     for stage in STAGES:
-        with sharding_everything(stage.endswith("sharded")):
-            for name, split in SPLITS.items():
-                module, engine = build(stage)
-                norms = list(train(module, engine, split, ranks))
-                results[stage, name] = {"weights": weights(module, engine), "norms": norms, "bytes": engine.comm_bytes}
+        for name, split in SPLITS.items():
             module, engine = build(stage)
-            norms = list(train(module, engine, SPLITS["three"], ranks, skipping="none"))
-            results[stage, "resplit"] = {"weights": weights(module, engine), "norms": norms}
-            if stage in UNEVEN_STAGES:
-                module, engine = build(stage)
-                norms = list(train(module, engine, SPLITS["mixed"], ranks, skipping="last rank"))
-                results[stage, "uneven"] = {"weights": weights(module, engine), "norms": norms}
+            norms = list(train(module, engine, split, ranks))
+            results[stage, name] = {"weights": weights(module, engine), "norms": norms, "bytes": engine.comm_bytes}
+        module, engine = build(stage)
+        norms = list(train(module, engine, SPLITS["three"], ranks, skipping="none"))
+        results[stage, "resplit"] = {"weights": weights(module, engine), "norms": norms}
+        if stage in UNEVEN_STAGES:
             module, engine = build(stage)
-            norms = list(train(module, engine, SPLITS["mixed"], ranks, bad_step=1))
-            norms = distributed.gather_objects([[str(norm) for norm in norms]])
-            results[stage, "bad"] = {"weights": weights(module, engine), "norms": norms, "lr": engine.lr}
-            results[stage, "snapshots"] = snapshots(stage, ranks)
-            results[stage, "resumed"] = resumed(stage, ranks, folder)
-            # What other stages, and one process, wrote goes on here.
-            others = [other for other in (*STAGES, "one process") if other != stage and (folder / other).exists()]
-            results[stage, "crossed"] = {other: last_step(stage, ranks, folder / other)[0] for other in others}
+            norms = list(train(module, engine, SPLITS["mixed"], ranks, skipping="last rank"))
+            results[stage, "uneven"] = {"weights": weights(module, engine), "norms": norms}
+        module, engine = build(stage)
+        norms = list(train(module, engine, SPLITS["mixed"], ranks, bad_step=1))
+        norms = distributed.gather_objects([[str(norm) for norm in norms]])
+        results[stage, "bad"] = {"weights": weights(module, engine), "norms": norms, "lr": engine.lr}
+        results[stage, "snapshots"] = snapshots(stage, ranks)
+        results[stage, "resumed"] = resumed(stage, ranks, folder)
+        # What other stages, and one process, wrote goes on here.
+        others = [other for other in (*STAGES, "one process") if other != stage and (folder / other).exists()]
+        results[stage, "crossed"] = {other: last_step(stage, ranks, folder / other)[0] for other in others}
+    for stage in VARIANTS:
+        results[stage, "resumed"] = resumed(stage, ranks, folder)
+        results[stage, "mixed"] = {"weights": results[stage, "resumed"]["straight"]}
+    module, engine = build("3-sharded")
+    engine.window = nullcontext  # which leaves out what an engine does before a window
+    results["3-sharded", "trap"] = {"norms": list(train(module, engine, SPLITS["three"], ranks))}
     return results
-
-
-def sharding_everything(wanted: bool):
-    """DeepSpeed keeps small parameters whole under stage 3; inside this it does not."""
-    from unittest.mock import patch
-
-    from unified_rl.engine import deepspeed
-
-    original = deepspeed._config
-
-    def config(zero_stage: int, max_grad_norm: float) -> dict:
-        made = original(zero_stage, max_grad_norm)
-        if wanted:
-            made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return made
-
-    return patch.object(deepspeed, "_config", config)
 
 
 def resumed(stage: str, ranks: range, folder: Path) -> dict:
@@ -259,13 +261,23 @@ def checkpoints(run_folder: Path) -> dict:
     return {"errors": distributed.gather_objects([errors]), "found": distributed.gather_objects([str(found)])}
 
 
+def plain_training(stage: str) -> dict:
+    module, engine = build(stage)
+    ranks = range(distributed.rank(), distributed.rank() + 1)
+    norms = list(train(module, engine, SPLITS["mixed"], ranks))
+    return {"weights": weights(module, engine), "norms": norms}
+
+
 def main(out: Path) -> None:
     distributed.initialise(timeout_seconds=60)
-    results = {
-        "settings": settings(out.parent / "states"),
-        "helpers": helpers(),
-        "checkpoints": checkpoints(out.parent / "run"),
-    }
+    if NUM_RANKS == 2:
+        results = {
+            "settings": settings(out.parent / "states"),
+            "helpers": helpers(),
+            "checkpoints": checkpoints(out.parent / "run"),
+        }
+    else:
+        results = {"settings": {(stage, "mixed"): plain_training(stage) for stage in STAGES}}
     if distributed.is_main():
         torch.save(results, out)
     distributed.shutdown()

@@ -19,7 +19,7 @@ from torch import nn
 from unified_rl.checkpoint import CheckpointError
 from unified_rl.engine import build_engine, distributed
 from unified_rl.engine.local import LocalEngine
-from unified_rl.engine.optimizer import build_optimizer, lr_at
+from unified_rl.engine.optimizer import lr_at, trained_parameters
 from unified_rl.errors import RecipeError
 from unified_rl.recipe import EngineBlock, Optimizer
 
@@ -134,7 +134,7 @@ class TestLocalEngine:
 
     def test_nothing_to_train(self):
         with pytest.raises(RecipeError, match="nothing to train"):
-            build_optimizer(net().requires_grad_(False), Optimizer())
+            trained_parameters(net().requires_grad_(False))
 
 
 class TestLocalFiles:

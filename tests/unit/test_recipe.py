@@ -181,7 +181,7 @@ def test_unknown_recipe_names_the_nearest():
         ("policy.sampling.noise_level=0", "policy.sampling.noise_level: 0 makes every step deterministic"),
         ("objective.train_steps=11", "objective.train_steps: 11 is more than policy.sampling.num_inference_steps = 10"),
         ("objective={text: {preset: grpo}}", "objective.text: diffusion policies have no such segment here"),
-        ("policy.dtype=bfloat16", "policy.dtype: bfloat16 weights cannot be fine-tuned in full"),
+        ("policy.dtype=bfloat16", "policy.dtype: fine-tuning bfloat16 weights in full needs"),
         ("policy.train=['(']", "policy.train: '(' is no regular expression"),
         ("engine={backend: local, zero_stage: 2}", "engine.zero_stage: 2 needs deepspeed"),
         ("policy={model: /nope/model, family: diffusion}", "policy.model: no folder /nope/model"),

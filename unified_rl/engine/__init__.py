@@ -31,7 +31,7 @@ def build_engine(module: "nn.Module", recipe: "Recipe", *, num_steps: int) -> "E
     if block.backend == "deepspeed" or world_size > 1 or block.zero_stage:
         from unified_rl.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(module, recipe.optimizer, zero_stage=block.zero_stage, num_steps=num_steps)
+        return DeepSpeedEngine(module, recipe.optimizer, block=block, num_steps=num_steps)
     from unified_rl.engine.local import LocalEngine
 
     return LocalEngine(module, recipe.optimizer, num_steps=num_steps)

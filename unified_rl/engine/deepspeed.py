@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unified_rl.engine import distributed
+from unified_rl.engine.deepspeed_config import build_config
 from unified_rl.engine.optimizer import build_optimizer, clipped_step, lr_at, set_lr, trained_parameters
 from unified_rl.engine.state import (
     MOMENTS,
@@ -33,7 +34,7 @@ from unified_rl.engine.state import (
     write_plain_state,
     write_state,
 )
-from unified_rl.recipe import Optimizer
+from unified_rl.recipe import EngineBlock, Optimizer
 
 # Said instead of detected, because detecting it on CPU prints a warning.
 os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)
@@ -55,27 +56,8 @@ deepspeed.ops.__compatible_ops__ = {}
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
-def _config(zero_stage: int, max_grad_norm: float) -> dict[str, Any]:
-    return {
-        # Required by DeepSpeed, used for its own statistics only.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        # Sum over ranks. Stage 3 has no such switch: there `backward` undoes the average.
-        "gradient_allreduce_op": "mean" if zero_stage == 3 else "sum",
-        "communication_data_type": "fp32",
-        # At stage 0 DeepSpeed neither reports the norm nor skips a non-finite one, so `step` does both itself.
-        "gradient_clipping": max_grad_norm if zero_stage else 0.0,
-        "zero_allow_untested_optimizer": True,
-        # Never pulls in a compiled optimiser in place of ours.
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-        "zero_optimization": {
-            "stage": zero_stage,
-            # Overlap reduces in the order of the hooks even at stage 1, and buys nothing on CPU.
-            "overlap_comm": zero_stage >= 2 and distributed.device().type == "cuda",
-        },
-    }
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scale remembers."""
 
 
 def _process_group() -> None:
@@ -103,7 +85,13 @@ def _scalars_as_vectors(module: nn.Module, sharded: bool) -> Iterator[None]:
 class DeepSpeedEngine:
     """`Engine` over DeepSpeed; equal to `LocalEngine` on the union of the ranks' windows."""
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, *, zero_stage: int, num_steps: int) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer, *, block: EngineBlock, num_steps: int) -> None:
+        """
+        Raises:
+            RecipeError: if nothing is trained, or weights are of a low precision that this ZeRO stage does not keep
+                float32 copies of.
+        """
+        zero_stage = block.zero_stage
         _process_group()
         self.rank = distributed.rank()
         self.world_size = distributed.world_size()
@@ -111,14 +99,19 @@ class DeepSpeedEngine:
         self._settings = optimizer
         self._num_steps = num_steps
         self._set_step(0)
-        self._trained: dict[str, Any] = trained_parameters(module)
+        self._trained: dict[str, Any] = trained_parameters(module, low_precision=zero_stage >= 2)
         self._shapes = shapes_of(self._trained)
         self._trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._trained.values())
-        self._adam = build_optimizer(module, optimizer)
+        self._gradient_bytes = 4 * sum(shape.numel() for shape in self._shapes.values())
+        self._adam = build_optimizer(self._trained, optimizer)
+        config = build_config(
+            block,
+            dtype=str(next(iter(self._trained.values())).dtype).removeprefix("torch."),
+            max_grad_norm=optimizer.max_grad_norm,
+            on_gpu=distributed.device().type == "cuda",
+        )
         with _scalars_as_vectors(module, sharded=zero_stage == 3):
-            self._engine, self._zero, _, _ = deepspeed.initialize(
-                model=module, optimizer=self._adam, config=_config(zero_stage, optimizer.max_grad_norm)
-            )
+            self._engine, self._zero, _, _ = deepspeed.initialize(model=module, optimizer=self._adam, config=config)
         self.module = module
         self._comm_bytes = 0.0
         if zero_stage == 3:
@@ -143,9 +136,9 @@ class DeepSpeedEngine:
         """Add the gradient of `loss` ([], float) to the gradients of this step, summed over ranks."""
         self._engine.backward(loss * self.world_size if self._stage == 3 else loss)
         if self._stage == 2:
-            self._count(2 * self._trained_bytes)
+            self._count(2 * self._gradient_bytes)
         elif self._stage == 3:
-            self._count(self._trained_bytes + self._bytes_of_whole(False))
+            self._count(self._gradient_bytes + self._bytes_of_whole(False))
 
     def step(self) -> float:
         """Clip, update, zero; returns the global gradient norm before clipping, non-finite if all ranks skipped.
@@ -155,7 +148,7 @@ class DeepSpeedEngine:
         norm = self._plain_step() if self._stage == 0 else self._sharded_step()
         self._set_step(self._step + 1)
         if self._stage <= 1:
-            self._count(2 * self._trained_bytes)
+            self._count(2 * self._gradient_bytes)
         if self._stage in (1, 2) and math.isfinite(norm):
             self._count(self._trained_bytes)
         if self._stage == 3:
@@ -182,14 +175,15 @@ class DeepSpeedEngine:
         if self._stage == 3:
             # A parameter that the next step's first window does not use would keep its gradient of this step.
             self._zero.grad_partitions_flat_buffer.zero_()
-        return float(self._engine.get_global_grad_norm())
+        # Float16: an overflow of the scaled gradients leaves the norm of the step before.
+        return math.inf if self._zero.overflow else float(self._engine.get_global_grad_norm())
 
     @property
     def comm_bytes(self) -> int:
         """Bytes that this rank has sent to others for training since the start, by formula.
 
-        With P bytes of trained float32 parameters, w ranks, and ring collectives (an all-reduce of n bytes sends
-        2 n (w-1)/w, a reduce-scatter or an all-gather half of that):
+        With P bytes of trained parameters (gradients: in float32), w ranks, and ring collectives (an all-reduce of n
+        bytes sends 2 n (w-1)/w, a reduce-scatter or an all-gather half of that):
 
         - stage 0: 2 P (w-1)/w a step (all-reduce of the gradients);
         - stage 1: 3 P (w-1)/w a step (all-reduce, which is what DeepSpeed runs here; all-gather of the parameters);
@@ -252,7 +246,8 @@ class DeepSpeedEngine:
         else:
             states = [state for state in self._zero.optimizer.state.values() if state]
             adam_steps = int(states[0]["step"]) if states else 0
-            write_state(directory, self._shapes, self._read, Counts(step=self._step, adam_steps=adam_steps))
+            counts = Counts(step=self._step, adam_steps=adam_steps, loss_scale=self._loss_scale())
+            write_state(directory, self._shapes, self._read, counts)
 
     def load(self, directory: Path) -> None:
         """Restore what an engine's `save` wrote, exactly; called by every rank.
@@ -274,7 +269,14 @@ class DeepSpeedEngine:
                     self._write(kind, parameter, saved.get(kind, name).to(distributed.device()))
                 if self._stage < 3 or parameter.ds_status == ZeroParamStatus.AVAILABLE:
                     parameter.data.copy_(weight)
+            for key, value in (saved.counts.loss_scale or {}).items():
+                setattr(self._zero.loss_scaler, key, type(getattr(self._zero.loss_scaler, key))(value))
             self._set_step(saved.counts.step)
+
+    def _loss_scale(self) -> dict[str, float] | None:
+        """The state of float16's dynamic loss scale."""
+        scaler = self._zero.loss_scaler
+        return {key: float(vars(scaler)[key]) for key in LOSS_SCALE} if scaler.dynamic else None
 
     def _write(self, kind: str | None, parameter: Any, value: Tensor) -> None:
         """Set this rank's part of a parameter's float32 copy, or of one of its moments, from the whole value."""

@@ -24,7 +24,7 @@ class LocalEngine:
         self._settings = optimizer
         self._num_steps = num_steps
         self._trained = trained_parameters(module)
-        self._adam = build_optimizer(module, optimizer)
+        self._adam = build_optimizer(self._trained, optimizer)
         self._set_step(0)
 
     def _set_step(self, step: int) -> None:

@@ -1,7 +1,7 @@
 """What both engines share: AdamW, the learning rate of a step, and one clipped update."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,22 +11,29 @@ from unified_rl.errors import RecipeError
 from unified_rl.recipe import Optimizer
 
 
-def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(module: nn.Module, *, low_precision: bool = False) -> dict[str, nn.Parameter]:
     """The parameters with `requires_grad`, by name, each tied one once.
 
+    Args:
+        low_precision: the engine updates float32 copies of parameters that are smaller.
+
     Raises:
-        RecipeError: if there are none, or one is not float32.
+        RecipeError: if there are none, or one is not float32 and the engine keeps no copy; or if they differ.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if not trained:
         raise RecipeError("policy: no parameter requires gradients, so there is nothing to train")
+    first = next(iter(trained.values())).dtype
     for name, parameter in trained.items():
-        if parameter.dtype != torch.float32:
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        if parameter.dtype != torch.float32 and not low_precision:
             # An update of lr 1e-5 is lost in bfloat16's 8 bits: it would train nothing without saying so.
             raise RecipeError(
-                f"policy.dtype: the trained parameter {name} is {str(parameter.dtype).removeprefix('torch.')}; "
-                "trained weights must be float32 (frozen ones may be smaller: use an adapter)"
+                f"policy.dtype: the trained parameter {name} is {dtype}; use engine.zero_stage 2 or 3 (with one process"
+                " too), which update float32 copies, or float32, or an adapter"
             )
+        if parameter.dtype != first:
+            raise RecipeError(f"policy.dtype: {name} is {dtype}, other trained parameters are not; use float32")
     return trained
 
 
@@ -34,15 +41,11 @@ CRITIC = ("critics.", "trunks.")
 """Beginnings of the names of a critic's parameters."""
 
 
-def build_optimizer(module: nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, the same weight decay for all of them; a critic's are a group of their own.
+def build_optimizer(trained: Mapping[str, nn.Parameter], optimizer: Optimizer) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, by name, with one weight decay; a critic's are a group of their own.
 
     A group's `lr_factor` times the run's learning rate is its own.
-
-    Raises:
-        RecipeError: see `trained_parameters`.
     """
-    trained = trained_parameters(module)
     critic = [parameter for name, parameter in trained.items() if name.startswith(CRITIC)]
     policy = [parameter for name, parameter in trained.items() if not name.startswith(CRITIC)]
     factor = 1.0 if optimizer.critic_lr is None else optimizer.critic_lr / optimizer.lr

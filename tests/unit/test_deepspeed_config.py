@@ -1,0 +1,35 @@
+"""DeepSpeed's configuration: the recipe's keys, and the user's JSON over them."""
+
+import json
+
+import pytest
+
+from unified_rl.engine.deepspeed_config import build_config, raw_config
+from unified_rl.errors import RecipeError
+from unified_rl.recipe import EngineBlock
+
+
+def test_the_users_json_is_merged_key_by_key(tmp_path):
+    own = {"zero_optimization": {"reduce_bucket_size": 7}, "wall_clock_breakdown": True}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    for given in (own, str(tmp_path / "own.json")):
+        block = EngineBlock(zero_stage=2, deepspeed=given)
+        config = build_config(block, dtype="bfloat16", max_grad_norm=0.5, on_gpu=False)
+        assert config["zero_optimization"] == {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 7}
+        assert config["wall_clock_breakdown"] is True and config["gradient_clipping"] == 0.5
+        assert config["bf16"] == {"enabled": True} and config["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"optimizer": {"type": "Adam"}}, "engine.deepspeed.optimizer: is set by optimizer; leave it out"),
+        ({"fp16": {"enabled": True}}, "engine.deepspeed.fp16.enabled: is set by policy.dtype"),
+        ({"zero_optimization": {"stage": 3}}, "engine.deepspeed.zero_optimization.stage: is set by engine.zero_stage"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "loses gradients"),
+        ("no/such.json", "engine.deepspeed: no/such.json is not readable as JSON"),
+    ],
+)
+def test_what_the_recipe_says_elsewhere_is_refused(raw, message):
+    with pytest.raises(RecipeError, match=message.replace(".", r"\.")):
+        raw_config(EngineBlock(deepspeed=raw))
