@@ -149,8 +149,8 @@ def describe(pipeline: StableDiffusion3Pipeline, history: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write; replaced if it exists")
-    parser.add_argument("--clean-minutes", type=float, default=24.0, help="training time with right captions")
-    parser.add_argument("--misspelt-minutes", type=float, default=3.0, help="training time with wrong captions")
+    parser.add_argument("--clean-minutes", type=float, default=6.0, help="CPU time with right captions")
+    parser.add_argument("--misspelt-minutes", type=float, default=0.7, help="CPU time with wrong captions")
     parser.add_argument("--start", type=Path, help="train on from this checkpoint instead of from scratch")
     parser.add_argument("--wrong-share", type=float, default=0.5, help="share of wrong captions in the second stage")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the first stage; the second takes half")
@@ -164,7 +164,7 @@ def main() -> None:
     else:
         transformer = build_transformer(canvas=WIDTH, patch=SLOT, channels=1, width=HIDDEN, num_layers=NUM_LAYERS)
         pipeline = build_pipeline(build_tokenizer(), build_vae(channels=1), transformer)
-    history = f"Trained for {args.clean_minutes:g} min on right captions"
+    history = f"Trained for {args.clean_minutes:g} min of CPU time on right captions"
     if args.clean_minutes > 0:
         first = Stage(minutes=args.clean_minutes, learning_rate=args.learning_rate, batch_size=BATCH)
         train(pipeline, first, Words(pipeline.tokenizer, wrong_share=0.0, seed=args.seed))
