@@ -17,6 +17,7 @@ from unified_rl.recipe_block import Block
 from unified_rl.recipe_file import shipped_recipes
 from unified_rl.recipe_objective import Objective
 from unified_rl.recipe_policy import PIPELINES, SAMPLING, DiffusionSampling
+from unified_rl.recipe_reward import RewardBlock
 from unified_rl.rewards import list_rewards
 from unified_rl.step_counts import trained_segments, trained_steps
 
@@ -252,10 +253,16 @@ def _reward_lines(recipe: Recipe) -> list[tuple[str, str]]:
         (
             reward.name,
             ("measured, not trained on" if reward.weight == 0 else f"weight {reward.weight:g}")
-            + (f", {_names_only(reward.arguments)}" if reward.arguments else ""),
+            + (f", {_names_only(reward.arguments)}" if reward.arguments else "")
+            + (f", {_compact(changed)}" if (changed := _changed(reward)) else ""),
         )
         for reward in recipe.rewards
     ]
+
+
+def _changed(reward: RewardBlock) -> dict[str, Any]:
+    """The other keys of a reward that are not at their default."""
+    return reward.model_dump(exclude_defaults=True, exclude={"name", "weight", "arguments"})
 
 
 def _objective_lines(objective: Objective, counts: Plan) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Every shipped recipe validates, and trains."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,8 @@ def test_a_recipe_passes_its_checks(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_and_fills_its_folder(name: str, tmp_path: Path):
+    if "ocr" in name and shutil.which("tesseract") is None:
+        pytest.skip("the program tesseract is not installed")
     done = train(name, tmp_path, "num_steps=2")
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = rows(tmp_path, "metrics.jsonl")
@@ -69,7 +72,7 @@ def test_a_recipe_trains_and_fills_its_folder(name: str, tmp_path: Path):
     assert load_recipe(str(tmp_path / "recipe.yaml")).num_steps == 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart_ocr"])  # the same family as quickstart
 def test_a_resumed_run_ends_where_an_unbroken_one_does(name: str, tmp_path: Path):
     assert train(name, tmp_path / "whole", "num_steps=4").returncode == 0
     assert train(name, tmp_path / "parts", "num_steps=4", "checkpoint.keep=9").returncode == 0
