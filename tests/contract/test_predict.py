@@ -14,7 +14,7 @@ from unified_rl.policies.scheduler_head import UnsupportedPipelineError
 BY_NAME = {case.name: case for case in CASES if case.refused is None}
 NAMES = [
     "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
-    "QwenImagePipeline", "PixArtSigmaPipeline", "SanaPipeline", "WanPipeline", "StableDiffusionControlNetPipeline",
+    "QwenImagePipeline", "SanaPipeline", "WanPipeline",
 ]  # fmt: skip
 
 
@@ -84,8 +84,7 @@ def test_a_loop_that_changes_its_latents_is_refused():
 
 
 GRADIENT_NAMES = [
-    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
-    "QwenImagePipeline", "PixArtSigmaPipeline", "SanaPipeline", "StableDiffusionControlNetPipeline",
+    "StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline", "SanaPipeline",
 ]  # fmt: skip
 
 
