@@ -223,9 +223,12 @@ def mistaken(spec: shapes.Spec, rng: random.Random) -> shapes.Spec:
 class Scenes:
     """Endless batches of caption tokens and pictures."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, *, wrong_share: float, seed: int) -> None:
+    def __init__(
+        self, tokenizer: CLIPTokenizer, *, wrong_share: float, seed: int, kind_weights: dict[str, float] = KIND_WEIGHTS
+    ) -> None:
         self.rng = random.Random(seed)
         self.wrong_share = wrong_share
+        self.kind_weights = kind_weights
         self.specs = {kind: shapes.specs(kind) for kind in shapes.KINDS}
         captions = [shapes.caption(spec) for specs in self.specs.values() for spec in specs]
         tokens = tokenizer(captions, padding="max_length", max_length=NUM_TOKENS, return_tensors="pt").input_ids
@@ -250,7 +253,7 @@ class Scenes:
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Tokens [size, num_tokens] and pictures [size, 3, 32, 32] in [-1, 1]."""
         tokens, scenes = [], []
-        for kind in self.rng.choices(list(KIND_WEIGHTS), weights=list(KIND_WEIGHTS.values()), k=size):
+        for kind in self.rng.choices(list(self.kind_weights), weights=list(self.kind_weights.values()), k=size):
             spec = self.rng.choice(self.specs[kind])
             tokens.append(self.tokens[shapes.caption(spec)])
             shown = mistaken(spec, self.rng) if self.rng.random() < self.wrong_share else spec
