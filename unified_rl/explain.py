@@ -137,8 +137,7 @@ def listing(kind: str) -> str:
 
 
 def _sampling_keys(preset: str) -> str:
-    keys = SAMPLING_PRESETS.get(preset)
-    return f"; policy.sampling: {_compact(keys)}" if keys else ""
+    return f"; policy.sampling: {_compact(SAMPLING_PRESETS[preset][1])}" if preset in SAMPLING_PRESETS else ""
 
 
 def _policy_lines(recipe: Recipe) -> list[tuple[str, str]]:

@@ -121,6 +121,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "Li et al. 2025, MixGRPO, arXiv 2507.21802",
         {"advantage": "group_std", "advantage_clip": 5.0, "clip_low": 1e-4, "clip_high": 1e-4},
     ),
+    "bicot_grpo": (
+        "Jiang et al. 2025, T2I-R1, arXiv 2505.00703 (a text first, then the picture; a mean over steps for each)",
+        {"advantage": "group_std", "aggregation": "token_mean", "kl": {"coef": 0.01, "estimator": "k3"}},
+    ),
+    "uni_grpo": (
+        "Yang et al. 2025, UniGRPO of MMaDA, arXiv 2505.15809 (the weight of the divergence is ours)",
+        {"advantage": "group_std", "aggregation": "token_mean", "kl": {"coef": 0.01, "estimator": "k3"}},
+    ),
     "grpo_guard": (
         "Wang et al. 2025, GRPO-Guard, arXiv 2510.22319 (without its weight 1 / dt of a step, as in Flow-Factory)",
         {"advantage": "global_std", "advantage_clip": 5.0, "loss": "guard", "clip_low": 2e-6, "clip_high": 2e-6},
@@ -206,13 +214,21 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> (paper, keys that it fills in)."""
 
-SAMPLING_PRESETS: dict[str, dict[str, Any]] = {
-    "flow_grpo_fast": {"noise_place": "branch", "noise_steps": 2, "noise_range": [0, 5], "noise_level": 0.8},
-    "mix_grpo": {
-        "noise_place": "window",
-        "noise_steps": 4,
-        "noise_shift": {"schedule": "progressive", "every": 25, "stride": 1},
-        "noise_level": 0.7,
-    },
+SAMPLING_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flow_grpo_fast": (
+        "diffusion",
+        {"noise_place": "branch", "noise_steps": 2, "noise_range": [0, 5], "noise_level": 0.8},
+    ),
+    "mix_grpo": (
+        "diffusion",
+        {
+            "noise_place": "window",
+            "noise_steps": 4,
+            "noise_shift": {"schedule": "progressive", "every": 25, "stride": 1},
+            "noise_level": 0.7,
+        },
+    ),
+    "bicot_grpo": ("image_tokens", {"think": {}}),
+    "uni_grpo": ("masked_diffusion", {"estimator": "random_mask"}),
 }
-"""Of presets that are also about which steps are noisy: keys of `policy.sampling` that they fill in."""
+"""Of presets that are also about how a family samples: the family, and keys of `policy.sampling` that they fill in."""

@@ -156,11 +156,14 @@ def _named_presets(objective: Any) -> list[str]:
 
 
 def _fill_sampling(policy: dict, preset: str) -> None:
-    """What a preset says about the noise of the steps; keys of the recipe win."""
-    keys = SAMPLING_PRESETS.get(preset, {})
-    if keys and policy["family"] != "diffusion":
+    """What a preset says about how a family samples; keys of the recipe win."""
+    if preset not in SAMPLING_PRESETS:
+        return
+    family, keys = SAMPLING_PRESETS[preset]
+    if policy["family"] != family:
         raise RecipeError(
-            f"objective.preset: {preset} is about the noise of denoising steps, {policy['family']} has none; use grpo"
+            f"objective.preset: {preset} sets {', '.join(keys)} of {family} policies, this is {policy['family']};"
+            " use grpo"
         )
     policy["sampling"] = {**keys, **policy["sampling"]}
 

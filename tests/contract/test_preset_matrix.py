@@ -35,9 +35,9 @@ NOISED = {"diffusion_nft", "awm", "dgpo", "diffusion_dpo"}
 WHOLE_SEQUENCES = {"gspo", "gspo_token", "luspo", "vespo", "trl_rloo", "dpo"}
 CRITICS = {"ppo", "verl_ppo"}
 MISFITS = {
-    "causal_lm": GAUSSIAN | NOISED,
-    "image_tokens": GAUSSIAN | NOISED | CRITICS,
-    "diffusion": WHOLE_SEQUENCES,
+    "causal_lm": GAUSSIAN | NOISED | {"bicot_grpo", "uni_grpo"},
+    "image_tokens": GAUSSIAN | NOISED | CRITICS | {"uni_grpo"},
+    "diffusion": WHOLE_SEQUENCES | {"bicot_grpo", "uni_grpo"},
 }
 """Presets that a family refuses."""
 # Gradients of rewards need a differentiable one: see test_reward_gradient.py.

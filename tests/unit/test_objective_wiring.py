@@ -50,7 +50,8 @@ def fitting() -> list[tuple[str, str]]:
     """Every policy-gradient preset with every family that it fits."""
     tokens_only = {"gspo", "gspo_token", "luspo", "vespo", "trl_rloo"}
     gaussian_only = {"flow_grpo", "flow_grpo_fast", "mix_grpo", "grpo_guard", "flow_dppo"}
-    gradients = [name for name in PRESETS if name not in METHOD_PRESETS]
+    own_family = {"bicot_grpo", "uni_grpo"}  # no toy samples as they ask
+    gradients = [name for name in PRESETS if name not in METHOD_PRESETS and name not in own_family]
     bandits = [(name, "tokens") for name in gradients if name not in gaussian_only]
     return bandits + [(name, "gaussian") for name in gradients if name not in tokens_only]
 

@@ -118,9 +118,9 @@ def test_a_group_of_one_is_enough_for_a_critic(tmp_path: Path):
     )
 
 
-def raw(preset: str, **sampling: Any) -> dict[str, Any]:
+def raw(preset: str, family: str, **sampling: Any) -> dict[str, Any]:
     return {
-        "policy": {"model": "toy", "family": "diffusion", "sampling": sampling},
+        "policy": {"model": "toy", "family": family, "sampling": sampling},
         "data": {"prompts": "toy:prompts"},
         "rewards": [{"name": "toy:reward"}],
         "objective": {"preset": preset},
@@ -128,21 +128,20 @@ def raw(preset: str, **sampling: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("preset", SAMPLING_PRESETS)
-def test_presets_about_noise_fill_in_the_sampling(tmp_path: Path, preset: str):
-    sampling = parse_recipe(raw(preset), tmp_path).policy.sampling.model_dump()
-    keys = dict(SAMPLING_PRESETS[preset])
+def test_presets_about_sampling_fill_it_in(tmp_path: Path, preset: str):
+    family, keys = SAMPLING_PRESETS[preset]
+    sampling = parse_recipe(raw(preset, family), tmp_path).policy.sampling.model_dump(mode="json")
     for key, value in keys.items():
-        found = sampling[key]
-        assert (
-            (found.items() >= value.items())
-            if isinstance(value, dict)
-            else (list(found) == value if isinstance(value, list) else found == value)
-        )
-    assert parse_recipe(raw(preset, noise_steps=3), tmp_path).policy.sampling.noise_steps == 3
-    refused = raw(preset)
-    refused["policy"]["family"] = "causal_lm"
-    with pytest.raises(RecipeError, match=f"objective.preset: {preset} is about the noise of denoising steps"):
-        parse_recipe(refused, tmp_path)
+        assert sampling[key] is not None
+        assert sampling[key].items() >= value.items() if isinstance(value, dict) else sampling[key] == value
+    with pytest.raises(
+        RecipeError, match=f"objective.preset: {preset} sets .* of {family} policies, this is causal_lm"
+    ):
+        parse_recipe(raw(preset, "causal_lm"), tmp_path)
+
+
+def test_keys_of_the_recipe_win_over_the_preset_s_sampling(tmp_path: Path):
+    assert parse_recipe(raw("mix_grpo", "diffusion", noise_steps=3), tmp_path).policy.sampling.noise_steps == 3
 
 
 def test_the_list_of_presets_has_papers_and_keys():

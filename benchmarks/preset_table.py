@@ -1,0 +1,188 @@
+"""How many samples each preset needs to reach a held-out score on the embedded world (docs/preset_table.md).
+
+    python benchmarks/preset_table.py run [--setting tokens|denoiser] [--presets a b ...] [--seeds 0 1 2] --runs FILE
+    python benchmarks/preset_table.py table --runs FILE >docs/preset_table.md
+
+`run` trains one recipe a preset and seed and stops it at the first evaluation that reaches the score; it appends one
+JSON object a run to FILE and leaves out runs that are there already. `table` prints the page. All presets of a setting
+share the learning rate, the batch and the number of updates a rollout: it is a comparison of what happens when only
+`objective.preset` is changed, not of each method at its best.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unified_rl.assemble import assemble
+from unified_rl.engine import distributed
+from unified_rl.presets import PRESETS
+from unified_rl.recipe_file import load_recipe
+from unified_rl.tracking import open_run, read_jsonl
+from unified_rl.train import StopSignal, run_loop, start
+
+SEEDS = (0, 1, 2)
+HEAD = """# Presets on the embedded world
+
+How many samples a preset needs until the held-out score is reached, and the best score until then (or until the run's
+end). Only `objective.preset` changes within a table: learning rate, batch and updates a rollout are the same for all,
+and tuned for none. So it says what a preset does as it is, not which method is best. The score is looked at every four
+optimiser steps, on few questions: with these few seeds, differences of less than a factor of two mean little. Made by
+`benchmarks/preset_table.py`.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What the presets of one family are compared on."""
+
+    title: str
+    recipe: str
+    overrides: tuple[str, ...]
+    score: str
+    """Name of the held-out reward."""
+    target: float
+    presets: tuple[str, ...]
+    changes: dict[str, tuple[str, ...]]
+    """Keys that a preset needs here beside its own, with the reason in `note`."""
+    note: str
+
+
+SETTINGS = {
+    "tokens": Setting(
+        title="Tokens: the visual question answerer of `quickstart_vlm`",
+        recipe="quickstart_vlm",
+        overrides=("num_steps=120", "epochs=2", "prompts_per_step=8", "group_size=8", "evaluation.every=4",
+                   "evaluation.num_prompts=192", "optimizer.decay=none", "optimizer.lr=2.0e-4"),
+        score="answer",
+        target=0.85,
+        presets=("grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "rloo", "reinforce++",
+                 "reinforce++_baseline", "ppo", "gdpo", "drpo", "spo", "ddpo", "trl_grpo", "verl_grpo"),
+        changes={"ddpo": ("objective.clip_low=0.2", "objective.clip_high=0.2")},
+        note="`ddpo` has the clip range of tokens (0.2): its own is one of means over latent dims.",
+    ),
+    "denoiser": Setting(
+        title="Denoising steps: the small Stable Diffusion 3 of `quickstart`",
+        recipe="quickstart",
+        overrides=("num_steps=48", "evaluation.every=4", "optimizer.decay=none", "objective.train_steps=2",
+                   "objective.kl.coef=0.0"),
+        score="shapes_graded",
+        target=0.5,
+        presets=("flow_grpo", "dance_grpo", "ddpo", "grpo_guard", "flow_dppo", "ppo", "dr_grpo"),
+        changes={
+            "ppo": ("objective.clip_low=1.0e-4", "objective.clip_high=1.0e-4"),
+            "dr_grpo": ("objective.clip_low=1.0e-4", "objective.clip_high=1.0e-4"),
+        },
+        note="`ppo` and `dr_grpo` have the clip range of the others, their own is one of tokens.",
+    ),
+}  # fmt: skip
+
+
+class UntilReached(StopSignal):
+    """Stops a run once an evaluation has reached the score."""
+
+    def __init__(self, folder: Path, key: str, target: float) -> None:
+        super().__init__()
+        self._file, self._key, self._target = folder / "eval.jsonl", key, target
+
+    def requested(self) -> bool:
+        return any(row[self._key] >= self._target for row in read_jsonl(self._file))
+
+
+def train_once(setting: Setting, preset: str, seed: int) -> dict[str, Any]:
+    """One run; the curve of its held-out score by samples seen."""
+    distributed.initialise()
+    changes = [*setting.overrides, *setting.changes.get(preset, ())]
+    recipe = load_recipe(
+        setting.recipe, [f"objective={{preset: {preset}}}", f"seed={seed}", "engine.threads=1", *changes]
+    )
+    key = f"rewards/{setting.score}/mean"
+    with tempfile.TemporaryDirectory() as folder:
+        run = open_run(Path(folder), 0)
+        begun = time.process_time()
+        parts = assemble(recipe, run)
+        run_loop(parts, start(parts, "never"), UntilReached(Path(folder), key, setting.target))
+        run.close()
+        samples = {row["step"]: row["samples_seen"] for row in read_jsonl(Path(folder) / "metrics.jsonl")}
+        curve = [(samples.get(row["step"], 0), row[key]) for row in read_jsonl(Path(folder) / "eval.jsonl")]
+    reached = [seen for seen, score in curve if score >= setting.target]
+    return {
+        "preset": preset,
+        "seed": seed,
+        "samples": reached[0] if reached else None,
+        "best": max(score for _, score in curve),
+        "curve": curve,
+        "cpu_seconds": round(time.process_time() - begun, 1),
+    }
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train what is missing in the file of runs."""
+    done = {(row["setting"], row["preset"], row["seed"]) for row in read_jsonl(arguments.runs)}
+    for seed in arguments.seeds:
+        for name in arguments.settings:
+            setting = SETTINGS[name]
+            for preset in arguments.presets or setting.presets:
+                if preset in setting.presets and (name, preset, seed) not in done:
+                    row = {"setting": name, **train_once(setting, preset, seed)}
+                    with arguments.runs.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(name, preset, seed, row["samples"], round(row["best"], 3), row["cpu_seconds"], flush=True)
+
+
+def main() -> None:
+    """See the head of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--presets", nargs="+", choices=list(PRESETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    arguments = parser.parse_args()
+    if arguments.action == "run":
+        run(arguments)
+    else:
+        table(arguments)
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Print the page."""
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
+    for row in read_jsonl(arguments.runs):
+        found[row["setting"]][row["preset"]][row["seed"]] = row
+    print(HEAD)
+    for name, setting in SETTINGS.items():
+        if name not in found:
+            print(f"## {setting.title}\n\n{_about(setting)} Not run yet.\n")
+            continue
+        base = max(run["curve"][0][1] for runs in found[name].values() for run in runs.values())
+        print(f"## {setting.title}\n\n{_about(setting)} The base model has {base:.2f}.\n")
+        print("| preset | seeds that reached it | samples to reach it, by seed | best score, by seed |")
+        print("| --- | --- | --- | --- |")
+        for preset in setting.presets:
+            runs = [run for _, run in sorted(found[name][preset].items())]
+            reached = [run["samples"] for run in runs]
+            cells = [
+                f"`{preset}`",
+                f"{sum(seen is not None for seen in reached)} of {len(runs)}" if runs else "not run",
+                ", ".join("not reached" if seen is None else f"{seen:,}" for seen in reached),
+                ", ".join(f"{run['best']:.2f}" for run in runs),
+            ]
+            print("| " + " | ".join(cells) + " |")
+        missing = sorted(set(PRESETS) - set(setting.presets))
+        print(f"\nNot in this table: {', '.join(f'`{preset}`' for preset in missing)}.\n")
+
+
+def _about(setting: Setting) -> str:
+    keys = ", ".join(f"`{override}`" for override in setting.overrides)
+    return (
+        f"`{setting.recipe}` with {keys}; held-out `{setting.score}`, to reach: {setting.target:g}. {setting.note}"
+    ).strip()
+
+
+if __name__ == "__main__":
+    main()
