@@ -7,11 +7,13 @@ processes alike, whether that was too much.
 import hashlib
 import math
 import pickle
+import queue
 import random
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from unified_rl.reward_process import CallFailedError, ProcessReward, ThreadedReward
@@ -57,7 +59,9 @@ class RewardRunner:
         self.reward = reward
         self._batch_size, self._retries, self._first_pause = batch_size, retries, first_pause
         self._cache: OrderedDict[str, float] | None = OrderedDict() if cache else None
-        self._queue = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
+        self._tasks: queue.SimpleQueue[tuple[Future[Outcome], RewardBatch] | None] = queue.SimpleQueue()
+        # A daemon: a reward that hangs must not hold up the end of the run.
+        threading.Thread(target=self._work, name="reward", daemon=True).start()
         self._failures, self._break, self._closed_until = 0, FIRST_BREAK, -math.inf
 
     @property
@@ -66,12 +70,22 @@ class RewardRunner:
 
     def submit(self, batch: RewardBatch) -> Future[Outcome]:
         """Have a batch judged; the result never raises for what the reward does."""
-        return self._queue.submit(self._judge, batch)
+        future: Future[Outcome] = Future()
+        self._tasks.put((future, batch))
+        return future
 
     def close(self) -> None:
         """End the queue and the reward's process."""
-        self._queue.shutdown(wait=False, cancel_futures=True)
+        self._tasks.put(None)
         self.reward.close()
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, batch = task
+            try:
+                future.set_result(self._judge(batch))
+            except BaseException as error:  # the thread that waits for the result raises it
+                future.set_exception(error)
 
     def _judge(self, batch: RewardBatch) -> Outcome:
         started = time.perf_counter()

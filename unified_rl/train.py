@@ -215,7 +215,7 @@ def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: flo
     waits = [key for key in ("time/rollout", "time/reward", "time/anchor") if key in row]
     waited = sum(row[key] for key in waits) if first else 0.0
     if not first:
-        row = {**row, **dict.fromkeys(waits, 0.0), "replay_gap": float("nan")}
+        row = {**row, **dict.fromkeys([*waits, "time/reward_work"], 0.0), "replay_gap": float("nan")}
     share = recipe.samples_per_rollout / recipe.updates_per_rollout
     complete = {
         "step": step,

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,3 +260,21 @@ def test_a_run_goes_on_without_a_reward_that_dies_now_and_then(tmp_path: Path) -
     keys[0] = f"rewards=[{{name: {rewards}:gone, retries: 0}}]"
     rewards.write_text("import os\ndef gone(completions, **columns): os._exit(9)\n")
     assert main(["train", "quickstart_vlm", *keys, *small, "--output", str(tmp_path / "second")]) == 1
+
+
+def test_a_hanging_reward_does_not_hold_up_the_end(rewards_file: Path) -> None:
+    """The process exits at once, with the call still in flight, and takes the reward's process with it."""
+    code = (
+        "import os\n"
+        "from unified_rl.recipe_reward import RewardBlock\n"
+        "from unified_rl.rewards import Scoring, load_rewards\n"
+        "from unified_rl.types import Completion, Prompt\n"
+        f"rewards = load_rewards([RewardBlock(name={f'{rewards_file}:moody'!r})])\n"
+        "prompts = [Prompt(text='p', images=(), columns={'do': 'hang'}, group_id=0, seed=0)]\n"
+        "Scoring(rewards, prompts).add([Completion(text='a', images=())])\n"
+        "print(rewards[0].runner.reward._process.pid)\n"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=True)
+    assert time.perf_counter() - began < 40.0, "the reward would hang for 60 s"
+    assert not Path(f"/proc/{int(done.stdout)}").exists()
