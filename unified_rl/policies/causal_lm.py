@@ -37,6 +37,7 @@ from unified_rl.policies.hidden_states import catching, of_completions
 from unified_rl.policies.lora import lora_config, select_trained
 from unified_rl.policies.memo import Memo
 from unified_rl.policies.savings import recomputing
+from unified_rl.policies.sharded import is_sharded
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.teacher_forcing import can_share, plain_logits, shared_logits
 from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds, recorded_tokens
@@ -223,6 +224,7 @@ class CausalLMPolicy:
                 **batch,
                 generation_config=GenerationConfig(do_sample=False, max_new_tokens=settings.max_new_tokens),
                 logits_processor=LogitsProcessorList([*self._chain(settings), head]),
+                synced_gpus=is_sharded(self._active),
             )
         return sequences[:, batch["input_ids"].shape[1] :].cpu(), torch.stack(head.log_probs, dim=1).cpu()
 

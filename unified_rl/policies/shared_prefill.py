@@ -15,6 +15,7 @@ from transformers import Cache, LogitsProcessorList
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from unified_rl.policies.categorical_head import draw
+from unified_rl.policies.sharded import goes_on_anywhere, is_sharded
 
 
 def can_share_prefill(model: Any) -> bool:
@@ -53,6 +54,7 @@ class SharedPrefill:
         arguments = take(arguments, owner, len(input_ids))
         input_ids, logits = input_ids[owner], outputs.logits[:, -1][owner]
         alive, end_ids = torch.arange(len(owner)), torch.tensor(self._end_ids)
+        together, finished = is_sharded(model), False
         for step in range(self._uniforms.shape[1]):
             if step:
                 prepared = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **arguments)
@@ -61,13 +63,16 @@ class SharedPrefill:
                 logits = outputs.logits[:, -1]
             scores = self._chain(input_ids, logits.float())  # type: ignore[arg-type]  # annotated as LongTensor
             drawn, log_probs = draw(scores, self._uniforms[alive, step])
-            self.tokens[alive, step], self.log_probs[alive, step] = drawn.cpu(), log_probs.cpu()
             input_ids = torch.cat([input_ids, drawn[:, None]], dim=1)
             going_on = (~torch.isin(drawn.cpu(), end_ids)).nonzero()[:, 0]
-            if len(going_on) < len(alive):
+            if not finished:
+                self.tokens[alive, step], self.log_probs[alive, step] = drawn.cpu(), log_probs.cpu()
+                finished = not len(going_on)
+            if not (goes_on_anywhere(not finished, input_ids.device) if together else not finished):
+                break
+            # Once finished, the last rows are decoded on for the other processes' sake, and thrown away.
+            if len(going_on) < len(alive) and not finished:
                 alive = alive[going_on]
-                if not len(alive):
-                    break
                 rows = going_on.to(input_ids.device)
                 arguments, input_ids = take(arguments, rows, len(input_ids)), input_ids[rows]
         return self.tokens
