@@ -70,6 +70,8 @@ def _build_parser() -> argparse.ArgumentParser:
 
     validate = commands.add_parser("validate", help="check a recipe and explain what it will do", allow_abbrev=False)
     _add_recipe(validate)
+    validate.add_argument("--gpus", metavar="N", type=_positive, help="plan the memory and traffic of N GPUs")
+    validate.add_argument("--gpu-memory", metavar="GIB", type=float, default=80.0, help="of one of them (default: 80)")
 
     evaluate = commands.add_parser(
         "evaluate", help="measure base against trained on held-out prompts", allow_abbrev=False
@@ -225,6 +227,10 @@ def _validate(arguments: argparse.Namespace) -> int:
     from unified_rl.explain import explain
 
     sys.stdout.write(explain(recipe))
+    if arguments.gpus:
+        from unified_rl.planner import explain_plan
+
+        sys.stdout.write(f"\n{explain_plan(recipe, arguments.gpus, arguments.gpu_memory)}")
     sys.stdout.flush()
     _write_warnings(warnings)
     return DONE

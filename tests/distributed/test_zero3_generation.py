@@ -1,10 +1,9 @@
-"""Under ZeRO-3 every forward gathers weights from all processes, so generation of unequal lengths must not part them."""
+"""Under ZeRO-3 every forward gathers weights from all processes: generation of unequal lengths must not part them."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-
 
 REWARD = """
 def reward(prompts, completions, **_):
