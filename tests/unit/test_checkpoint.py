@@ -1,7 +1,11 @@
 """A checkpoint is complete or not there, and what is read is what was written."""
 
+import itertools
 import json
+import os
+import resource
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -247,3 +251,46 @@ def test_later_checkpoints_are_set_aside_and_never_resumed_from(save, tmp_path):
     assert checkpoint.set_aside_later(tmp_path, 2) == ["step_000003"], "once more, over the older one"
     assert names(tmp_path) == ["step_000001", "step_000002"]
     assert (tmp_path / "checkpoints/superseded_step_000003/manifest.json").is_file()
+
+
+def test_killed_at_any_point_of_a_save(save, tmp_path, monkeypatch):
+    """Before each file or folder is forced to the disk, and before the rename."""
+    save(1)
+    for point in range(1, 40):
+        child = os.fork()
+        if child == 0:
+            countdown = itertools.count(1)
+
+            def die(*_, countdown=countdown, point=point):
+                if next(countdown) == point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            monkeypatch.setattr(checkpoint, "_sync", die)
+            save(2)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        found = find_checkpoint(tmp_path, "auto")
+        assert found is not None and found.name in ("step_000001", "step_000002")
+        verify(found)
+        assert names(tmp_path)[0] == "step_000001"
+    assert point > 6, "there were points to be killed at"
+    assert find_checkpoint(tmp_path, "auto").name == "step_000002"
+
+
+def test_a_full_disk_in_the_middle_of_a_save(save, tmp_path):
+    """In place of a small file system, whose mounting needs rights: no file may grow beyond 64 bytes."""
+    save(1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limit[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written"):
+            save(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+    verify(save(2))
