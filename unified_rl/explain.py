@@ -11,6 +11,7 @@ import yaml
 from unified_rl.explain_method import method_lines
 from unified_rl.footprint import LIBRARIES, estimate
 from unified_rl.policies.noise_plan import noisy_steps
+from unified_rl.policies.pipeline_table import PipelineRow, pipeline_table
 from unified_rl.presets import PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_block import Block
@@ -125,6 +126,7 @@ def listing(kind: str) -> str:
     lines: Sequence[tuple[str, str]]
     if kind == "policies":
         lines = [(name, f"{_POLICIES[name]}; sampling: {', '.join(SAMPLING[name].model_fields)}") for name in SAMPLING]
+        lines += [(row.name, _pipeline_line(row)) for row in pipeline_table()]
     elif kind == "rewards":
         lines = list(list_rewards().items())
     elif kind == "objectives":
@@ -138,6 +140,11 @@ def listing(kind: str) -> str:
 
 def _sampling_keys(preset: str) -> str:
     return f"; policy.sampling: {_compact(SAMPLING_PRESETS[preset][1])}" if preset in SAMPLING_PRESETS else ""
+
+
+def _pipeline_line(row: PipelineRow) -> str:
+    what = f"diffusion, {row.task}: {row.kernel + ', ' if row.kernel else ''}{row.replay}"
+    return f"{what} ({row.note})" if row.note else what
 
 
 def _policy_lines(recipe: Recipe) -> list[tuple[str, str]]:

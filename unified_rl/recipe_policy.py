@@ -35,11 +35,13 @@ class DiffusionSampling(Block):
     """The behaviour policy of a diffusers pipeline."""
 
     num_inference_steps: int = Field(default=10, ge=1)
-    kernel: Literal["auto", "flow_sde", "dance_sde", "cps", "ddim"] = "auto"
-    """The transition kernel; auto: from the pipeline's scheduler (flow_sde or ddim)."""
+    kernel: Literal["auto", "flow_sde", "dance_sde", "cps", "ddim", "ancestral", "renoise"] = "auto"
+    """The transition kernel; auto: from the pipeline's scheduler (flow_sde, ddim, ancestral for noise that is added to
+    the sample as in EDM, renoise for consistency models)."""
     noise_level: float = Field(default=0.7, ge=0)
     """Noise of the kernel: Flow-GRPO's eta for flow_sde, the diffusion coefficient of dance_sde, the share of a quarter
-    turn for cps (at most 1), DDIM's eta for ddim. 0: deterministic, nothing to train on."""
+    turn for cps (at most 1), DDIM's eta for ddim, the share of the ancestral noise (ancestral) or of the fresh noise
+    (renoise; 1: as those samplers have it). 0: deterministic, nothing to train on."""
     noise_steps: int | None = Field(default=None, ge=1)
     """How many steps are stochastic and trained; the others follow the ODE, and are neither stored nor trained. None:
     all (of noise_range)."""

@@ -7,16 +7,18 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from unified_rl.policies.scheduler_head import AskedPass, Pass, UnsupportedPipelineError
+from unified_rl.policies.scheduler_head import AskedPass, SamplePass, UnsupportedPipelineError
 
 MAX_UNSERVED = 8
 """Scheduler steps that may follow the last denoiser call."""
 
 
-def recording(tape: Pass, templates: list[list[Any]], num_rows: int) -> Callable:
+def recording(tape: SamplePass, templates: list[list[Any]], num_rows: int) -> Callable:
     """A denoiser wrapper that notes the form of each output, per (step, call)."""
 
     def denoise(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        inputs = [value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)]
+        tape.input_shape = inputs[0].shape if inputs else None
         output = forward(*args, **kwargs)
         while len(templates) <= tape.step:
             templates.append([])

@@ -12,13 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_rl.policies.scheduler_head import (
-    Forward,
-    LoopLeft,
-    Transition,
-    UnsupportedPipelineError,
-    without_copies,
-)
+from unified_rl.policies.scheduler_head import LoopLeft, UnsupportedPipelineError, without_copies
+from unified_rl.policies.scheduler_steps import Forward, Transition
 from unified_rl.types import Denoised, Segment
 
 

@@ -13,12 +13,11 @@ from unified_rl.policies.bypass import bypassing
 from unified_rl.policies.denoising import PredictPass
 from unified_rl.policies.scheduler_head import (
     MIN_STD,
-    Forward,
-    Transition,
     UnsupportedPipelineError,
     sampling_generators,
     without_copies,
 )
+from unified_rl.policies.scheduler_steps import Forward, Transition
 from unified_rl.types import Segment
 
 

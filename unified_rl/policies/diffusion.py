@@ -17,19 +17,18 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unified_rl.policies import differentiable, recorded_pictures, savings
 from unified_rl.policies.bypass import bypassing, recording
+from unified_rl.policies.denoiser_lora import add_adapter, restore_adapter, save_adapter, switch_adapters
 from unified_rl.policies.denoising import PredictPass, first_latents
 from unified_rl.policies.encoders import Encoders
 from unified_rl.policies.latent_states import StartPass, latent_states
 from unified_rl.policies.lora import lora_config, select_trained
-from unified_rl.policies.noise_plan import group_seed, noisy_steps, shares_initial_noise, stored_steps
+from unified_rl.policies.noise_plan import group_seed, noisy_steps, shares_initial_noise
 from unified_rl.policies.pipeline_call import call_arguments, denoiser_name, rows_of
+from unified_rl.policies.pipeline_table import refusal
 from unified_rl.policies.scheduler_head import (
     LoopLeft,
     Pass,
@@ -38,6 +37,7 @@ from unified_rl.policies.scheduler_head import (
     SchedulerHead,
     UnsupportedPipelineError,
     stochastic_scheduler,
+    stored_states,
 )
 from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
 from unified_rl.types import Completion, Denoised, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
@@ -74,6 +74,7 @@ class DiffusionPolicy:
             UnsupportedPipelineError: if the pipeline's structure or scheduler cannot be replayed exactly.
             RecipeError: if the adapter or train patterns match nothing, or a call argument does not exist.
         """
+        _refuse(type(pipeline).__name__)
         self.version = 0
         self._layout: recorded_pictures.Layout | None = None
         self.rollout = 0
@@ -97,7 +98,7 @@ class DiffusionPolicy:
             self.module.set_attention_backend(block.attention)
         self._reference: nn.Module | None = None
         if block.adapter.kind == "lora":
-            self.module.add_adapter(lora_config(self.module, block.adapter))
+            add_adapter(self.module, lora_config(self.module, block.adapter))
         else:
             if with_reference:
                 self._reference = copy.deepcopy(self.module)
@@ -133,6 +134,7 @@ class DiffusionPolicy:
         """Load a pipeline from a folder or the hub, without the components that its index marks as absent (diffusers
         wants those named, for instance text_encoder_3=None)."""
         index = DiffusionPipeline.load_config(block.model, revision=block.revision)
+        _refuse(str(index["_class_name"]))
         absent = {name: None for name, value in index.items() if value == [None, None]}
         pipeline = DiffusionPipeline.from_pretrained(
             block.model, revision=block.revision, dtype=getattr(torch, block.dtype), **absent
@@ -166,7 +168,11 @@ class DiffusionPolicy:
             raise UnsupportedPipelineError(
                 f"policy.sampling: none of the {tape.step} steps of the loop is noisy; see noise_range"
             )
-        states, stored = _stored(tape, dtype)
+        if (
+            not evaluation
+        ):  # a loop over two schedulers, or over several stretches of a video, has more than one schedule
+            self.max_steps = {SEGMENT: max(self.max_steps[SEGMENT], sum(tape.stochastic))}
+        states, stored = stored_states(tape, dtype)
         mask = torch.tensor(tape.stochastic).repeat(len(prompts), 1)
         segment = Segment(
             actions={
@@ -311,11 +317,11 @@ class DiffusionPolicy:
     def reference(self) -> Iterator[None]:
         """The adapter switched off, or the frozen copy in the denoiser's place."""
         if self._block.adapter.kind == "lora":
-            self.module.disable_adapters()
+            switch_adapters(self.module, False)
             try:
                 yield
             finally:
-                self.module.enable_adapters()
+                switch_adapters(self.module, True)
             return
         if self._reference is None:
             raise RuntimeError("this policy was built without a reference")
@@ -328,15 +334,14 @@ class DiffusionPolicy:
     def save(self, directory: Path) -> None:
         """Full fine-tuning: the denoiser's folder as in its pipeline; LoRA: `pytorch_lora_weights.safetensors`."""
         if self._block.adapter.kind == "lora":
-            self.module.save_lora_adapter(directory)
+            save_adapter(self.module, directory)
         else:
             self.module.save_pretrained(directory / self._name)
 
     def restore(self, directory: Path) -> None:
         """Load what `save` wrote."""
         if self._block.adapter.kind == "lora":
-            weights = load_file(directory / LORA_WEIGHT_NAME_SAFE)
-            set_peft_model_state_dict(self.module, weights)
+            restore_adapter(self.module, directory)
             return
         saved = type(self.module).from_pretrained(directory / self._name, dtype=self.module.dtype)
         self.module.load_state_dict(saved.state_dict())
@@ -388,13 +393,8 @@ class DiffusionPolicy:
             self._end()
 
 
-def _stored(tape: SamplePass, dtype: torch.dtype | None) -> tuple[list[Tensor | list[Tensor]], list[int]]:
-    """What a replay needs of the sampled states, row by row, on the CPU, and of which steps they are.
-
-    Where steps differ in shape (joint audio and video), a step does not start from the one before: all are kept.
-    """
-    uniform = len({state.shape for state in tape.states}) == 1
-    steps = stored_steps(tape.stochastic) if uniform else list(range(tape.step))
-    kept = [tape.states[step].to(device="cpu", dtype=dtype) for step in steps]
-    rows = [list(row) for row in zip(*kept, strict=True)]
-    return [torch.stack(row) if uniform else row for row in rows], steps
+def _refuse(class_name: str) -> None:
+    """Raise for a class that is known not to replay."""
+    reason = refusal(class_name)
+    if reason is not None:
+        raise UnsupportedPipelineError(f"{class_name}: {reason}")

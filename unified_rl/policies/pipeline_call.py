@@ -37,14 +37,15 @@ def call_arguments(pipeline_class: type, prompts: Sequence[Prompt], settings: Ma
         if key not in parameters:
             raise UnsupportedPipelineError(f"{name} takes no argument {key!r}")
     columns: dict[str, list[Any]] = {}
-    if "prompt" in parameters:
+    # Embeddings that were computed beforehand stand in for the text, and pipelines refuse both.
+    if "prompt" in parameters and not any(key.startswith("prompt_embeds") for key in _names(prompts)):
         columns["prompt"] = [prompt.text for prompt in prompts]
     if any(prompt.images for prompt in prompts):
         if "image" not in parameters:
             raise UnsupportedPipelineError(f"{name} takes no argument 'image', but the prompts have pictures")
         single = all(len(prompt.images) == 1 for prompt in prompts)
         columns["image"] = [prompt.images[0] if single else list(prompt.images) for prompt in prompts]
-    for key in dict.fromkeys(key for prompt in prompts for key in prompt.columns):
+    for key in _names(prompts):
         if key in parameters and key not in OWN:
             columns[key] = [_column(prompt, key) for prompt in prompts]
     for key, rows in columns.items():
@@ -54,6 +55,11 @@ def call_arguments(pipeline_class: type, prompts: Sequence[Prompt], settings: Ma
     if "batch_size" in parameters and "prompt" not in parameters:
         arguments["batch_size"] = len(prompts)  # unconditional
     return arguments
+
+
+def _names(prompts: Sequence[Prompt]) -> dict[str, None]:
+    """The columns of the rows, in order."""
+    return dict.fromkeys(key for prompt in prompts for key in prompt.columns)
 
 
 def _column(prompt: Prompt, key: str) -> Any:
@@ -68,6 +74,12 @@ def _joined(name: str, key: str, rows: list[Any], annotation: Any) -> Any:
         if len({row.shape for row in rows}) > 1:
             raise UnsupportedPipelineError(f"{name}: {key}: the rows' shapes differ within a batch")
         return torch.stack(rows)
+    if len(rows) == 1 and (
+        isinstance(rows[0], Image.Image)
+        or _is_one_list(annotation, rows[0])
+        or (isinstance(rows[0], str) and not _names_lists(annotation))
+    ):
+        return rows[0]  # pipelines of one prompt, picture or video, which a list would break
     if key == "prompt" or takes_rows(annotation, rows[0]):
         return rows
     if any(row is not rows[0] and row != rows[0] for row in rows[1:]):
@@ -79,7 +91,9 @@ def takes_rows(annotation: Any, row: Any) -> bool:
     """Whether a parameter of this annotation takes a list with one such value per row."""
     if annotation is inspect.Parameter.empty:
         return not isinstance(row, (bool, int, float))
-    first = row[0] if isinstance(row, (list, tuple)) and row else row
+    first = row
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
     if isinstance(first, Image.Image) and annotation is not Image.Image:
         return True  # image and video processors take lists of rows, also where the annotation does not say so
     wanted = "" if not isinstance(row, (list, tuple)) else type(row[0]).__name__ if row else ""
@@ -92,6 +106,25 @@ def takes_rows(annotation: Any, row: Any) -> bool:
         elif isinstance(option, str) and "list" in option.lower():
             return True
     return False
+
+
+def _is_one_list(annotation: Any, row: Any) -> bool:
+    """Whether a list of pictures is all that a parameter takes (`list[Image]`): one video for the whole call."""
+    return (
+        isinstance(row, (list, tuple))
+        and typing.get_origin(annotation) is list
+        and (typing.get_args(annotation) == (Image.Image,))
+    )
+
+
+def _names_lists(annotation: Any) -> bool:
+    """Whether an annotation allows lists in so many words, or says nothing at all."""
+    if annotation in (inspect.Parameter.empty, Any):
+        return True
+    return any(
+        typing.get_origin(option) in (list, tuple, Sequence) or (isinstance(option, str) and "list" in option.lower())
+        for option in _options(annotation)
+    )
 
 
 def _options(annotation: Any) -> list[Any]:
@@ -110,6 +143,9 @@ def rows_of(output: Any, num_rows: int) -> list[tuple[Any, ...]]:
     rows = output[0]
     if num_rows == 1 and len(rows) != 1:
         rows = [rows]
+    each, rest = divmod(len(rows), num_rows)
+    if rest == 0 and each > 1:  # several pictures of each row, row by row (intrinsic images)
+        return [tuple(rows[row * each : (row + 1) * each]) for row in range(num_rows)]
     if len(rows) != num_rows:
         raise UnsupportedPipelineError(f"the pipeline returned {len(rows)} results for {num_rows} prompts")
     return [_media(row) for row in rows]

@@ -6,19 +6,38 @@ and scores those that were asked for.
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CosineDPMSolverMultistepScheduler,
+    DDIMScheduler,
+    DDPMWuerstchenScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from unified_rl.transitions import cps, dance_sde, ddim, flow_sde, gaussian
+from unified_rl.policies.noise_plan import stored_steps
+from unified_rl.policies.scheduler_steps import JUMPS, STEPS, Step, Transition
+from unified_rl.transitions import gaussian
 
-KERNELS = {"flow": ("flow_sde", "dance_sde", "cps"), "betas": ("ddim",)}
+KERNELS = {
+    "flow": ("flow_sde", "dance_sde", "cps"),
+    "betas": ("ddim", "ancestral"),
+    "cosine": ("ddim",),
+    "exploding": ("ancestral",),
+    "consistency": ("renoise",),
+}
 """Transition kernels by family of schedulers; the first is the family's own choice."""
+EDM = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler, CosineDPMSolverMultistepScheduler)
+EULER = (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler)
 MIN_STD = 1e-6
 """A step with less noise than this counts as deterministic: there is nothing to score."""
 
@@ -29,31 +48,6 @@ class UnsupportedPipelineError(ValueError):
 
 class LoopLeft(BaseException):
     """Leaves a pipeline's loop once the last asked step is scored. No Exception: pipelines must not catch it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """The forward process at the current step, x_t = signal * clean + level * noise, and what is predicted there."""
-
-    output: Tensor
-    """[rows, ...] the denoiser's prediction."""
-    signal: Tensor
-    level: Tensor
-    """0-d."""
-    predicts: str
-    """velocity (noise - clean), epsilon, v_prediction or sample (diffusers' words)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Transition:
-    """The current step of a pipeline's loop."""
-
-    law: Callable[[], tuple[Tensor, Tensor]]
-    """Computes (mean, std); std is 0-d, the full standard deviation."""
-    forward: Forward
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        return self.law()
 
 
 class Pass(Protocol):
@@ -85,11 +79,16 @@ class SamplePass:
         self.stochastic: list[bool] = []
         self.levels: list[tuple[float, float]] = []
         """(signal, level) of the forward process at each step."""
+        self.frames = 1
+        """Frames of a video that its pipeline folds into the rows before it steps the scheduler."""
+        self.input_shape: torch.Size | None = None
+        """Shape of the denoiser's latest input."""
         self._generators = sampling_generators(seeds)
 
     def next_latents(self, transition: Transition, latents: Tensor) -> Tensor:
         mean, std = transition()
-        mean, copies = without_copies(mean, len(self._generators))
+        self.frames = _frames_in_rows(mean, len(self._generators), self.input_shape)
+        mean, copies = without_copies(_folded(mean, self.frames), len(self._generators))
         stochastic = bool(std >= MIN_STD)
         if stochastic:
             noise = torch.stack([torch.randn(mean.shape[1:], generator=each) for each in self._generators])
@@ -103,7 +102,7 @@ class SamplePass:
         self.stochastic.append(stochastic)
         self.levels.append((float(transition.forward.signal), float(transition.forward.level)))
         self.step += 1
-        return following.repeat(copies, *[1] * (following.ndim - 1))
+        return _unfolded(following.repeat(copies, *[1] * (following.ndim - 1)), self.frames)
 
 
 def sampling_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -141,10 +140,11 @@ class ReplayPass:
             self.step += 1
             return latents
         following = torch.stack([row[self._slots[self.step]] for row in self.states]).to(latents)
-        copies = len(latents) // len(following)
+        frames = following.shape[1] if following.ndim == latents.ndim + 1 else 1
+        copies = len(latents) // (len(following) * frames)
         if self.step in self.asked:
             mean, std = transition()
-            mean, copies = without_copies(mean, len(self.states))
+            mean, copies = without_copies(_folded(mean, frames), len(self.states))
             if std >= MIN_STD:
                 self.log_probs.append(gaussian.log_prob(following.float(), mean, std).mean_over_dims)
             else:
@@ -154,7 +154,24 @@ class ReplayPass:
         self.step += 1
         if self.step >= self.asked.stop:
             raise LoopLeft
-        return following.repeat(copies, *[1] * (following.ndim - 1))
+        return _unfolded(following.repeat(copies, *[1] * (following.ndim - 1)), frames)
+
+
+def _frames_in_rows(mean: Tensor, num_rows: int, input_shape: torch.Size | None) -> int:
+    """How many frames of each sample lie in the rows: a video's denoiser sees [B, C, F, H, W], but its scheduler is
+    stepped with [B x F, C, H, W]. 1 where that is not so."""
+    if input_shape is None or len(input_shape) != mean.ndim + 1:
+        return 1
+    frames = len(mean) // num_rows
+    return frames if frames > 1 and frames in input_shape[1:3] and len(mean) == frames * num_rows else 1
+
+
+def _folded(rows: Tensor, frames: int) -> Tensor:
+    return rows.reshape(-1, frames, *rows.shape[1:]) if frames > 1 else rows
+
+
+def _unfolded(rows: Tensor, frames: int) -> Tensor:
+    return rows.flatten(0, 1) if frames > 1 else rows
 
 
 def without_copies(mean: Tensor, num_rows: int) -> tuple[Tensor, int]:
@@ -174,6 +191,20 @@ def without_copies(mean: Tensor, num_rows: int) -> tuple[Tensor, int]:
             f"the scheduler is stepped with {copies} different states of each sample, which have no joint density here"
         )
     return first, copies
+
+
+def stored_states(tape: SamplePass, dtype: torch.dtype | None) -> tuple[list[Tensor | list[Tensor]], list[int]]:
+    """What a replay needs of the sampled states, row by row, on the CPU, and of which steps they are.
+
+    A step does not always start from the one before: all are kept where they differ in shape (joint audio and video),
+    or where the noise rises again (a second loop that goes on from the first one's result).
+    """
+    uniform = len({state.shape for state in tape.states}) == 1
+    chain = uniform and all(after[1] <= before[1] for before, after in itertools.pairwise(tape.levels))
+    steps = stored_steps(tape.stochastic) if chain else list(range(tape.step))
+    kept = [tape.states[step].to(device="cpu", dtype=dtype) for step in steps]
+    rows = [list(row) for row in zip(*kept, strict=True)]
+    return [torch.stack(row) if uniform else row for row in rows], steps
 
 
 class SchedulerHead:
@@ -209,61 +240,16 @@ def _output(following: Tensor, return_dict: bool) -> Any:
     return (following, following)
 
 
-def _flow_step(scheduler: Any, head: SchedulerHead, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-    if scheduler.step_index is None:
-        scheduler._init_step_index(timestep)
-    index = scheduler.step_index
-
-    def transition() -> tuple[Tensor, Tensor]:
-        velocity, latents = model_output.float(), sample.float()
-        schedule = {"sigma": scheduler.sigmas[index], "next_sigma": scheduler.sigmas[index + 1]}
-        if head.kernel == "flow_sde":
-            return flow_sde.transition(
-                velocity, latents, **schedule, second_sigma=scheduler.sigmas[1], noise_level=head.noise_level
-            )
-        kernel = {"dance_sde": dance_sde, "cps": cps}[head.kernel]
-        return kernel.transition(velocity, latents, **schedule, noise_level=head.noise_level)
-
-    assert head.current is not None, "the scheduler is stepped outside of a pass"
-    scheduler._step_index += 1
-    sigma = scheduler.sigmas[index]
-    return head.current.next_latents(
-        Transition(transition, Forward(model_output, 1 - sigma, sigma, "velocity")), sample
-    )
-
-
-def _ddim_step(scheduler: Any, head: SchedulerHead, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-    now = int(timestep)
-    # The schedule's own next timestep: with linspace or trailing spacing it is not a constant stride away.
-    later = [step for step in scheduler.timesteps.tolist() if step < now]
-    following = max(later) if later else -1
-    if model_output.shape[1] == 2 * sample.shape[1]:  # learned variance: the second half is not the prediction
-        model_output = model_output.chunk(2, dim=1)[0]
-
-    def transition() -> tuple[Tensor, Tensor]:
-        clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
-        return ddim.transition(
-            model_output.float(),
-            sample.float(),
-            alpha_prod=scheduler.alphas_cumprod[now],
-            next_alpha_prod=scheduler.alphas_cumprod[following] if following >= 0 else scheduler.final_alpha_cumprod,
-            eta=head.noise_level,
-            prediction_type=scheduler.config.prediction_type,
-            clip_range=clip,
-        )
-
-    assert head.current is not None, "the scheduler is stepped outside of a pass"
-    alpha = scheduler.alphas_cumprod[now]
-    forward = Forward(model_output, alpha.sqrt(), (1 - alpha).sqrt(), scheduler.config.prediction_type)
-    return head.current.next_latents(Transition(transition, forward), sample)
-
-
-def _subclass(base: type, step: Any, head: SchedulerHead) -> type:
+def _subclass(base: type, step: Step, head: SchedulerHead) -> type:
     """A scheduler class that is `base` in all but `step`, whose signature (which pipelines inspect) it keeps."""
 
     @functools.wraps(base.step)  # type: ignore[attr-defined]
     def stochastic_step(self, model_output, timestep, sample, *args, return_dict: bool = True, **kwargs):
-        return _output(step(self, head, model_output, timestep, sample), return_dict)
+        assert head.current is not None, "the scheduler is stepped outside of a pass"
+        transition = step(self, head, model_output, timestep, sample)
+        # Z-Image's first latents are in half precision, its predictions and later states are not.
+        latents = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        return _output(head.current.next_latents(transition, latents), return_dict)
 
     members: dict[str, Any] = {"step": stochastic_step}
     if not hasattr(base, "scale_model_input"):  # called by pipelines that take several families of schedulers
@@ -278,21 +264,20 @@ def family_of(scheduler: Any) -> str:
         UnsupportedPipelineError: if no kernel has the scheduler's process.
     """
     config, name = scheduler.config, type(scheduler).__name__
-    if "original_inference_steps" in config:
-        raise UnsupportedPipelineError(f"{name}: a consistency sampler, whose denoiser is distilled for its own jumps")
-    if config.get("timestep_type") == "continuous":
-        raise UnsupportedPipelineError(
-            f"{name}: continuous timesteps (log-sigmas) have no place in a DDIM schedule; no kernel for them yet"
-        )
+    if isinstance(scheduler, tuple(JUMPS)):
+        return "consistency"
+    if isinstance(scheduler, DDPMWuerstchenScheduler):
+        return "cosine"
+    if isinstance(scheduler, EDM) or config.get("timestep_type") == "continuous":
+        return "exploding"
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if config["stochastic_sampling"]:
             raise UnsupportedPipelineError(f"{name}: stochastic_sampling has no flow_sde density")
         return "flow"
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return "flow"
-    if "beta_schedule" in config and config.get("prediction_type") in ("epsilon", "v_prediction", "sample"):
-        if config.get("thresholding"):
-            raise UnsupportedPipelineError(f"{name}: dynamic thresholding is not supported")
+    known = config.get("prediction_type") in ("epsilon", "v_prediction", "sample")
+    if "beta_schedule" in config and known and "original_inference_steps" not in config:
         return "betas"
     raise UnsupportedPipelineError(
         f"{name}: no transition kernel for this scheduler; set pipeline.scheduler to a "
@@ -307,25 +292,37 @@ def stochastic_scheduler(scheduler: Any, kernel: str, head: SchedulerHead) -> An
         UnsupportedPipelineError: if the scheduler's family has no kernel, or the asked kernel does not fit it.
     """
     family = family_of(scheduler)
-    if kernel not in ("auto", *KERNELS[family]):
+    fitting = [name for name in KERNELS[family] if name != "ancestral" or isinstance(scheduler, (*EDM, *EULER))]
+    if kernel not in ("auto", *fitting):
         raise UnsupportedPipelineError(
-            f"policy.sampling.kernel: {kernel} does not fit {type(scheduler).__name__}; use {KERNELS[family][0]}"
+            f"policy.sampling.kernel: {kernel} does not fit {type(scheduler).__name__}; use {fitting[0]}"
         )
-    head.kernel = KERNELS[family][0] if kernel == "auto" else kernel
+    head.kernel = fitting[0] if kernel == "auto" else kernel
     config = dict(scheduler.config)
+    step = STEPS["exploding" if head.kernel == "ancestral" else family]
     twin: Any
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        twin = _subclass(type(scheduler), _flow_step, head).from_config(config)  # type: ignore[attr-defined]
-    elif family == "flow":
-        flow_class = _subclass(FlowMatchEulerDiscreteScheduler, _flow_step, head)
+    if family == "flow" and not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        flow_class = _subclass(FlowMatchEulerDiscreteScheduler, step, head)
         twin = flow_class(shift=config.get("flow_shift") or 1.0, num_train_timesteps=config["num_train_timesteps"])
+    elif family == "betas" and head.kernel == "ddim":
+        twin = _ddim_twin(scheduler, step, head)
     else:
-        config.setdefault("clip_sample", False)  # PNDM, Euler and DPM configs lack it and never clip
-        config.setdefault("set_alpha_to_one", False)
-        twin = _subclass(DDIMScheduler, _ddim_step, head).from_config(config)  # type: ignore[attr-defined]
-        # CogVideoX shifts its signal-to-noise ratio on top of its betas.
-        twin.alphas_cumprod = scheduler.alphas_cumprod.clone()
-        twin.final_alpha_cumprod = torch.tensor(1.0) if config["set_alpha_to_one"] else twin.alphas_cumprod[0]
+        twin = _subclass(type(scheduler), step, head).from_config(config)  # type: ignore[attr-defined]
     # Pipelines read their scheduler's config (variance_type says what the denoiser's output holds).
     twin.register_to_config(**{key: value for key, value in config.items() if key not in twin.config})
+    return twin
+
+
+def _ddim_twin(scheduler: Any, step: Step, head: SchedulerHead) -> Any:
+    """A DDIM scheduler with another one's noise schedule and spacing."""
+    config = dict(scheduler.config)
+    config.setdefault("clip_sample", False)  # PNDM, Euler and DPM configs lack it and never clip
+    config.setdefault("set_alpha_to_one", False)
+    config.setdefault("timestep_spacing", "linspace")  # unCLIP has no other
+    if config["beta_schedule"] == "exp":  # Shap-E's, which DDIM does not know by name
+        config["trained_betas"] = scheduler.betas.tolist()
+    twin: Any = _subclass(DDIMScheduler, step, head).from_config(config)  # type: ignore[attr-defined]
+    # CogVideoX shifts its signal-to-noise ratio on top of its betas.
+    twin.alphas_cumprod = scheduler.alphas_cumprod.clone()
+    twin.final_alpha_cumprod = torch.tensor(1.0) if config["set_alpha_to_one"] else twin.alphas_cumprod[0]
     return twin

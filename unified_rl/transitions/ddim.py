@@ -3,6 +3,7 @@
 x_t = sqrt(alpha_prod) * clean + sqrt(1 - alpha_prod) * noise.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ def transition(
     eta: float,
     prediction_type: PredictionType,
     clip_range: float | None = None,
+    limit: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of a DDIM step (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16).
 
@@ -33,6 +35,8 @@ def transition(
         eta: 0 is deterministic DDIM (std 0), 1 has DDPM's posterior variance.
         prediction_type: what the model predicts, in diffusers' words.
         clip_range: clamp the predicted clean sample to +-clip_range (diffusers' clip_sample); None leaves it.
+
+        limit: what else bounds the predicted clean sample (dynamic thresholding); comes in place of `clip_range`.
 
     Returns:
         mean [B, ...] and the full std, 0-d or broadcastable, in float32 or better.
@@ -51,7 +55,9 @@ def transition(
     noise_share = (1.0 - next_alpha - std.square()).clamp(min=0.0).sqrt()
 
     clean, noise = _clean_and_noise(model_output, latents, alpha, prediction_type)
-    if clip_range is not None:
+    if limit is not None:
+        clean = limit(clean)
+    elif clip_range is not None:
         clean = clean.clamp(-clip_range, clip_range)
     return clean * next_alpha.sqrt().to(latents) + noise * noise_share.to(latents), std.to(latents)
 

@@ -1,19 +1,24 @@
 """Builds a pipeline from its class: components by the annotations of its `__init__`, overridden by the case."""
 
+import functools
 import inspect
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
 from PIL import Image
 
 from tests.contract.pipelines.components import FACTORIES, tokenizer
+from tests.contract.pipelines.tiny import TINY
 
 NEVER = {"safety_checker", "watermarker", "image_encoder", "feature_extractor", "transformer_2", "guider"}
 """Optional components that no denoising step depends on, absent unless a case brings them."""
+WANTED = {"unet", "transformer", "scheduler"}
+"""Components that are built also where the class has them optional."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,20 @@ class Case:
     refused: str | None = None
     """Part of the message with which the policy must refuse this pipeline; None: it must replay exactly."""
     size: int = 32
+    lora_targets: list[str] | Literal["auto"] = "auto"
+    checkpointing: bool = True
+    """False: the class's gradient checkpointing fails or computes something else (Chroma's drops a mask)."""
+    half: bool = True
+    """False: the class mixes dtypes in bfloat16, so that LoRA is tried in float32."""
+    note: str = ""
+    """What to mind, for the table."""
+    row_tolerance: float = 1e-5
+    """Largest difference of a log-prob when one row is replayed alone (other matrix shapes round differently, and a
+    step of little noise magnifies it)."""
+    constants: dict[str, Any] = field(default_factory=dict)
+    """Names in the pipeline's module that fix a resolution which no test can afford, and what stands in for them."""
+    rows: int = 2
+    """Rows of one call; 1 where the class cannot take several prompts or pictures at once."""
 
 
 def picture(seed: int, size: int = 32) -> Image.Image:
@@ -45,35 +64,50 @@ def mask(seed: int, size: int = 32) -> Image.Image:
     return half
 
 
-def _class_names(annotation: Any) -> list[str]:
+def _classes(annotation: Any) -> list[Any]:
+    """The alternatives of a (nested) union, in order; postponed annotations are strings."""
+    if isinstance(annotation, str):
+        return [part.strip() for part in annotation.split("|")]
     parts = typing.get_args(annotation)
-    return [name for part in parts for name in _class_names(part)] if parts else [getattr(annotation, "__name__", "")]
+    return [found for part in parts for found in _classes(part)] if parts else [annotation]
+
+
+def _factory(option: Any) -> Callable[[], Any] | None:
+    """How a tiny instance of a component's class is made, or None."""
+    name = option if isinstance(option, str) else getattr(option, "__name__", "")
+    if name in FACTORIES:
+        return FACTORIES[name]
+    if isinstance(option, str) and name in TINY:
+        option = getattr(diffusers, name)
+    return functools.partial(option, **TINY[name]) if name in TINY else None
 
 
 def build(case: Case) -> Any:
     """A tiny instance of the case's class with weights from seed 0."""
     torch.manual_seed(0)
     pipeline_class = getattr(diffusers, case.name)
+    for name, value in case.constants.items():
+        setattr(sys.modules[pipeline_class.__module__], name, value)
     chosen: dict[str, Any] = {}
     for key, parameter in list(inspect.signature(pipeline_class.__init__).parameters.items())[1:]:
         if key in case.components:
             wanted = case.components[key]
             chosen[key] = wanted() if callable(wanted) else wanted
             continue
-        names = _class_names(parameter.annotation)
-        known = [name for name in names if name in FACTORIES]
+        options = _classes(parameter.annotation)
+        known = [factory for factory in map(_factory, options) if factory is not None]
         if key in NEVER:
             chosen[key] = None
         elif "tokenizer" in key:
             chosen[key] = tokenizer()
         elif key == "requires_safety_checker":
             chosen[key] = False
-        elif parameter.default is not inspect.Parameter.empty and key not in ("unet", "transformer"):
+        elif parameter.default is not inspect.Parameter.empty and key not in WANTED:
             continue
         elif known:
-            chosen[key] = FACTORIES[known[0]]()
+            chosen[key] = known[0]()
         else:
-            raise LookupError(f"{case.name}: no tiny {key}: {names}")
+            raise LookupError(f"{case.name}: no tiny {key}: {options}")
     return pipeline_class(**chosen)
 
 

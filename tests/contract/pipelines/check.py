@@ -1,9 +1,10 @@
-"""Measures the replay contract of one case."""
+"""Measures the replay contract of one case: two instances of a class pay for every dimension."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from tests.contract.pipelines.build import Case, build, call_settings, picture
 from unified_rl.policies.diffusion import DiffusionPolicy
@@ -12,13 +13,14 @@ from unified_rl.types import Prompt, Segment
 
 TEXTS = ("a red circle", "two blue square on the left")
 NUM_STEPS = 3
-Kernel = Literal["auto", "flow_sde", "dance_sde", "cps", "ddim"]
+Kernel = Literal["auto", "flow_sde", "dance_sde", "cps", "ddim", "ancestral", "renoise"]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What replaying one rollout showed."""
+    """What replaying one rollout of full fine-tuning in float32 showed."""
 
+    kernel: str
     num_steps: int
     gap: float
     """Largest |replayed - reported| log-prob at the rollout's batch shape."""
@@ -26,27 +28,57 @@ class Measured:
     """The same for one row alone."""
     smallest_gradient: float
     """Smallest gradient norm of a stochastic step, over the denoiser."""
+    checkpointing_gap: float | None
+    """Largest difference of a parameter's gradient with gradient checkpointing, over the gradient's norm; None: the
+    denoiser has no checkpointing."""
 
 
-def policy_of(case: Case, kernel: Kernel = "auto") -> DiffusionPolicy:
+@dataclass(frozen=True)
+class MeasuredLora:
+    """What replaying one rollout of LoRA in bfloat16 showed."""
+
+    gap: float
+    """Largest |replayed - reported| log-prob at the rollout's batch shape."""
+    gradient: float
+    """Gradient norm over the adapters, at the first step."""
+    others: int
+    """Parameters with a gradient that are no adapters."""
+
+
+def policy_of(case: Case, kernel: Kernel = "auto", *, lora: bool = False) -> DiffusionPolicy:
+    """`lora`: adapters on a bfloat16 pipeline, in place of full fine-tuning in float32."""
     sampling = DiffusionSampling(
         num_inference_steps=NUM_STEPS, noise_level=0.7, kernel=kernel, call=call_settings(case)
     )
-    block = PolicyBlock(model=case.name, family="diffusion", adapter=Adapter(), sampling=sampling)
-    return DiffusionPolicy(build(case), block)
+    block = PolicyBlock(
+        model=case.name,
+        family="diffusion",
+        adapter=Adapter(kind="lora" if lora else "none", rank=2, targets=case.lora_targets),
+        sampling=sampling,
+    )
+    pipeline = build(case)
+    return DiffusionPolicy(pipeline.to(torch.bfloat16) if lora and case.half else pipeline, block)
 
 
-def prompts_of(case: Case) -> list[Prompt]:
+def prompts_of(case: Case, dtype: torch.dtype = torch.float32) -> list[Prompt]:
     return [
         Prompt(
             text=text,
             images=tuple(picture(row + 10 * index, case.size) for index in range(case.images)),
-            columns={key: make(row) for key, make in case.columns.items()},
+            columns={key: _cast(make(row), dtype) for key, make in case.columns.items()},
             group_id=row,
             seed=row,
         )
         for row, text in enumerate(TEXTS)
     ]
+
+
+def _cast(value: object, dtype: torch.dtype) -> object:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _calls(case: Case, prompts: list[Prompt]) -> list[list[Prompt]]:
+    return [prompts[start : start + case.rows] for start in range(0, len(prompts), case.rows)]
 
 
 def _gap(policy: DiffusionPolicy, segment: Segment, step: int) -> float:
@@ -55,20 +87,57 @@ def _gap(policy: DiffusionPolicy, segment: Segment, step: int) -> float:
     return float((scored - segment.rollout_log_probs[:, step]).abs().max())
 
 
-def measure(case: Case, kernel: Kernel = "auto") -> Measured:
-    """Sample two rows, replay each step with both rows and with the second alone, and take gradients."""
-    policy = policy_of(case, kernel)
-    segment = policy.sample(prompts_of(case)).segments["image"]
-    num_steps = segment.rollout_log_probs.shape[1]
-    stochastic = [step for step in range(num_steps) if segment.loss_mask[0, step]]
-    assert stochastic, "no step is random"
+def _stochastic(segment: Segment) -> list[int]:
+    steps = segment.loss_mask[0].nonzero().flatten().tolist()
+    assert steps, "no step is random"
     assert torch.isfinite(segment.rollout_log_probs).all()
-    gaps, row_gaps, norms = [], [], []
-    for step in stochastic:
-        policy.module.zero_grad()
-        stats = policy.log_prob("image", segment, slice(step, step + 1))
-        gaps.append(float((stats.log_probs[:, 0] - segment.rollout_log_probs[:, step]).detach().abs().max()))
-        row_gaps.append(_gap(policy, segment.rows(slice(1, 2)), step))
-        stats.log_probs.sum().backward()
-        norms.append(sum(float(p.grad.norm()) for p in policy.module.parameters() if p.grad is not None))
-    return Measured(num_steps=num_steps, gap=max(gaps), row_gap=max(row_gaps), smallest_gradient=min(norms))
+    return steps
+
+
+def _gradients(policy: DiffusionPolicy, segment: Segment, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    policy.module.zero_grad()
+    log_probs = policy.log_prob("image", segment, slice(step, step + 1)).log_probs[:, 0]
+    log_probs.sum().backward()
+    named = policy.module.named_parameters()
+    return log_probs.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def _norm(gradients: dict[str, Tensor]) -> float:
+    return float(torch.stack([gradient.float().norm() for gradient in gradients.values()]).norm())
+
+
+def measure(case: Case, kernel: Kernel = "auto") -> Measured:
+    """Sample all rows, replay each step at the batch shape and with the last row alone, and take gradients."""
+    policy = policy_of(case, kernel)
+    gaps, row_gaps, norms, checkpointing = [], [], [], None
+    for call in _calls(case, prompts_of(case)):
+        segment = policy.sample(call).segments["image"]
+        for step in _stochastic(segment):
+            log_probs, gradients = _gradients(policy, segment, step)
+            gaps.append(float((log_probs - segment.rollout_log_probs[:, step]).abs().max()))
+            row_gaps.append(_gap(policy, segment.rows(slice(len(call) - 1, len(call))), step))
+            norms.append(_norm(gradients))
+    if case.checkpointing and policy.module._supports_gradient_checkpointing:
+        policy.module.enable_gradient_checkpointing()
+        _, again = _gradients(policy, segment, step)
+        assert again.keys() == gradients.keys()
+        checkpointing = max(float((again[name] - gradients[name]).norm()) for name in again) / norms[-1]
+    return Measured(
+        kernel=policy._head.kernel,
+        num_steps=segment.rollout_log_probs.shape[1],
+        gap=max(gaps),
+        row_gap=max(row_gaps),
+        smallest_gradient=min(norms),
+        checkpointing_gap=checkpointing,
+    )
+
+
+def measure_lora(case: Case) -> MeasuredLora:
+    """Sample all rows in bfloat16 with fresh adapters, replay each step at the batch shape, and take gradients."""
+    policy = policy_of(case, lora=True)
+    gaps = []
+    for call in _calls(case, prompts_of(case, torch.bfloat16 if case.half else torch.float32)):
+        segment = policy.sample(call).segments["image"]
+        gaps += [_gap(policy, segment, step) for step in _stochastic(segment)]
+    _, gradients = _gradients(policy, segment, _stochastic(segment)[0])
+    return MeasuredLora(gap=max(gaps), gradient=_norm(gradients), others=sum("lora_" not in name for name in gradients))

@@ -31,6 +31,23 @@ def tokenizer() -> Any:
     return fast
 
 
+class Processor:
+    """A processor of texts and pictures that reads the texts alone."""
+
+    def __init__(self) -> None:
+        self.tokenizer = tokenizer()
+        self.image_processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32})
+
+    def __call__(self, text: Any = None, images: Any = None, videos: Any = None, **settings: Any) -> Any:
+        return self.tokenizer(text, **settings)
+
+    def decode(self, tokens: Any) -> str:
+        return self.tokenizer.decode(tokens)
+
+    def apply_chat_template(self, messages: Any, **settings: Any) -> Any:
+        return self.tokenizer.apply_chat_template(messages, **settings)
+
+
 TEXT = {"vocab_size": 32, "hidden_size": WIDTH, "intermediate_size": 37, "num_hidden_layers": 2} | {
     "num_attention_heads": 4,
     "pad_token_id": 0,
@@ -52,9 +69,9 @@ def clip(projection: bool = False) -> nn.Module:
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
 
 
-def clip_vision(projection: bool = True) -> nn.Module:
+def clip_vision(projection: bool = True, size: int = 32) -> nn.Module:
     config = transformers.CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=32
+        hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=size
     )
     config.projection_dim, config.patch_size = WIDTH, 8
     return (transformers.CLIPVisionModelWithProjection if projection else transformers.CLIPVisionModel)(config)

@@ -146,6 +146,7 @@ UNCONDITIONAL = [
                 up_block_types=("AttnUpBlock2D", "UpBlock2D"),
             )
         },
+        half=False,  # its pictures go through numpy in the model's dtype
     )
     for name in ("DDPMPipeline", "DDIMPipeline")
 ]

@@ -1,38 +1,119 @@
-"""Writes docs/pipelines.md: `python -m tests.contract.pipelines.table` from the repository's root."""
+"""Writes the table of pipeline classes: `python -m tests.contract.pipelines.table [CLASS...]` from the repository.
 
+Builds the named classes (default: all) and writes unified_rl/policies/pipeline_table.csv and docs/pipelines.md. Rows
+of classes that no case covers (refused, untried) are kept as they stand in the table: they are edited there.
+"""
+
+import csv
+import dataclasses
+import inspect
+import sys
 from pathlib import Path
+
+import diffusers
+from diffusers import DiffusionPipeline
 
 from tests.contract.pipelines.build import Case
 from tests.contract.pipelines.cases import CASES
-from tests.contract.pipelines.check import measure, policy_of
-from unified_rl.policies.scheduler_head import UnsupportedPipelineError
+from tests.contract.pipelines.check import policy_of
+from unified_rl.policies.pipeline_table import PipelineRow, pipeline_table
 
+ROOT = Path(__file__).parent.parent.parent.parent
+TABLE = ROOT / "unified_rl" / "policies" / "pipeline_table.csv"
+DOCS = ROOT / "docs" / "pipelines.md"
 HEAD = """# Diffusers pipelines
 
-Every class below was built tiny from its configs and tried by `tests/contract/test_pipelines.py` (float32, guidance
-where the class has it, two rows of different prompts): sampled, each step replayed at the rollout's batch shape (gap)
-and for one row alone (row gap). The gaps are the largest differences of a log-prob. *exact*: both at most 1e-5, with
-finite, non-zero gradients in the denoiser. *refused*: an `UnsupportedPipelineError` says why. Classes that are not
-listed have not been tried; the trainer stops if the replay gap of the first rollout is above `max_replay_gap`.
+Every pipeline class that diffusers {version} exports. *exact* classes were built tiny from their configs and tried by
+`tests/contract/test_pipelines.py`: full fine-tuning in float32, with guidance where the class has it, two rows of
+different prompts: sampled, each step replayed at the rollout's batch shape (no log-prob differs by more than 1e-5) and
+for one row alone, with finite, non-zero gradients in the denoiser, equal ones with gradient checkpointing where the
+class has that; then LoRA in bfloat16, replayed without any difference. *refused* classes raise
+`UnsupportedPipelineError` before anything is loaded. *untried* ones could not be built here; for them, as for any class
+of your own, the check of the replay gap at a run's first rollout decides.
 
-Written by `python -m tests.contract.pipelines.table`.
+{counts}
 
-| class | replay | gap | row gap | reason |
+`unified-rl list policies` prints the same table. Written by `python -m tests.contract.pipelines.table`.
+
+| class | task | kernel | replay | note |
 | --- | --- | --- | --- | --- |
 """
 
 
-def line(case: Case) -> str:
-    if case.refused is None:
-        measured = measure(case)
-        return f"| {case.name} | exact | {measured.gap:.0e} | {measured.row_gap:.0e} | |\n"
-    try:
-        policy_of(case)
-    except UnsupportedPipelineError as error:
-        return f"| {case.name} | refused | | | {error} |\n"
-    raise AssertionError(f"{case.name} is not refused")
+def exported() -> dict[str, type]:
+    """The pipeline classes that diffusers exports, by their own names."""
+    found = {}
+    for name in dir(diffusers):
+        try:
+            item = getattr(diffusers, name)
+        except (AttributeError, RuntimeError):  # names of which the module is gone
+            continue
+        if inspect.isclass(item) and issubclass(item, DiffusionPipeline) and item is not DiffusionPipeline:
+            found[item.__name__] = item
+    return found
+
+
+def task_of(name: str) -> str:
+    """What a class does, from its name and its call."""
+    parameters = inspect.signature(getattr(diffusers, name).__call__).parameters
+    if "Audio" in name or "Music" in name or "AceStep" in name or "DanceDiffusion" in name:
+        return "audio"
+    video = any(key in parameters for key in ("num_frames", "frames", "video", "video_length", "segment_frame_length"))
+    medium = "video" if video else "image"
+    if "video" in parameters:
+        return "video to video"
+    if "Inpaint" in name or "mask_image" in parameters:
+        return "inpainting"
+    if any(part in name for part in ("Edit", "Pix2Pix", "Kontext")):
+        return f"{medium} editing"
+    if any(part in name for part in ("Control", "Adapter")):
+        return f"{medium}, controlled"
+    if (parameters.get("image") is not None and parameters["image"].default is not None) or "Img2Img" in name:
+        return f"image to {medium}"
+    return f"text to {medium}" if "prompt" in parameters else f"{medium}"
+
+
+def tried_row(case: Case) -> PipelineRow:
+    policy = policy_of(case)
+    return PipelineRow(
+        name=case.name,
+        task=task_of(case.name),
+        kernel=policy._head.kernel,
+        replay="exact",
+        note=note_of(case),
+    )
+
+
+def note_of(case: Case) -> str:
+    notes = [case.note] if case.note else []
+    if case.rows == 1:
+        notes.append("one row a call: engine.micro_batch 1")
+    if not case.half:
+        notes.append("float32 only: mixes dtypes in bfloat16")
+    if not case.checkpointing:
+        notes.append("without gradient checkpointing, which fails or computes something else in diffusers 0.42")
+    return "; ".join(notes)
+
+
+def document(rows: list[PipelineRow]) -> str:
+    kinds = [row.replay for row in rows]
+    counts = f"{len(rows)} classes: " + ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))) + "."
+    lines = [f"| {' | '.join(dataclasses.asdict(row).values())} |\n" for row in rows]
+    return HEAD.format(version=diffusers.__version__, counts=counts) + "".join(lines)
+
+
+def main(wanted: set[str]) -> None:
+    rows = {row.name: row for row in pipeline_table()}
+    for case in CASES:
+        if case.refused is None and (not wanted or case.name in wanted or case.name not in rows):
+            rows[case.name] = tried_row(case)
+    ordered = [rows[name] for name in sorted(rows)]
+    with TABLE.open("w", encoding="utf-8", newline="") as lines:
+        writer = csv.DictWriter(lines, [field.name for field in dataclasses.fields(PipelineRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in ordered)
+    DOCS.write_text(document(ordered), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    Path("docs").mkdir(exist_ok=True)
-    Path("docs/pipelines.md").write_text(HEAD + "".join(line(case) for case in CASES), encoding="utf-8")
+    main(set(sys.argv[1:]))

@@ -3,7 +3,7 @@
 import diffusers
 
 from tests.contract.pipelines.build import Case, picture
-from tests.contract.pipelines.components import WIDTH, image_vae, t5, tokenizer
+from tests.contract.pipelines.components import WIDTH, image_vae, t5, tokenizer, unet
 from tests.contract.pipelines.families import FLUX_VAE, IMAGE, MASKED
 
 LATENT = {"output_type": "latent"}
@@ -202,14 +202,14 @@ def bria():
     )
 
 
-def flux2():
+def flux2(guidance_embeds: bool = False):
     return diffusers.Flux2Transformer2DModel(
         in_channels=16,
         num_single_layers=1,
         joint_attention_dim=3 * WIDTH,
         timestep_guidance_channels=8,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
         **HEADS,
     )
 
@@ -245,8 +245,8 @@ KLEIN = {"transformer": flux2, "vae": flux2_vae, "is_distilled": False}
 KLEIN_CALL = {"text_encoder_out_layers": (0, 1, 2)}
 
 TRANSFORMERS_2D = [
-    Case("ChromaPipeline", CHROMA),
-    Case("ChromaImg2ImgPipeline", CHROMA, columns=IMAGE),
+    Case("ChromaPipeline", CHROMA, checkpointing=False),
+    Case("ChromaImg2ImgPipeline", CHROMA, columns=IMAGE, checkpointing=False),
     Case("AuraFlowPipeline", {"transformer": aura}),
     Case("PixArtAlphaPipeline", {"transformer": pixart}, {"use_resolution_binning": False}),
     Case("PixArtSigmaPipeline", {"transformer": pixart}, {"use_resolution_binning": False}),
@@ -283,7 +283,7 @@ TRANSFORMERS_2D = [
     Case("DiTPipeline", {"transformer": dit}, columns=DIT_PROMPT),
     Case("CogView4ControlPipeline", {"transformer": lambda: cogview4(8)}, columns={"control_image": picture}),
     Case("Flux2KleinInpaintPipeline", KLEIN, KLEIN_CALL, columns=IMAGE | MASKED),
-    Case("LatentConsistencyModelPipeline", refused="consistency"),
+    Case("LatentConsistencyModelPipeline", {"unet": lambda: unet(time_cond_proj_dim=8)}),
     Case(
         "SanaPipeline",
         GEMMA_SANA | {"scheduler": diffusers.FlowMatchHeunDiscreteScheduler},
