@@ -1,0 +1,53 @@
+"""Stopping on request, and stopping what cannot go on."""
+
+import os
+import signal
+
+import pytest
+
+from tests.unit.toys import Bandit, build_parts
+from unified_rl.checkpoint import list_checkpoints
+from unified_rl.stopping import Abandoned, StopSignal
+from unified_rl.train import DivergedError, Position, check_finite, run_loop
+
+BEGIN = Position(step=0, rollout=0)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_the_middle_of_sampling_abandons_the_rollout(number: int, code: int, tmp_path):
+    policy = Bandit([0.0, 0.0])
+    parts = build_parts(tmp_path, policy, num_steps=9, engine={"micro_batch": 4})
+    draw, calls = policy.sample, []
+
+    def sample(prompts, **options):
+        calls.append(len(prompts))
+        if len(calls) == 6:  # four batches a rollout: in the middle of the second
+            os.kill(os.getpid(), number)
+        return draw(prompts, **options)
+
+    policy.sample = sample
+    stop = StopSignal()
+    with stop.listening():
+        assert run_loop(parts, BEGIN, stop) == code
+    assert len(calls) == 6, "the rest of the rollout was not drawn"
+    assert [path.name for path in list_checkpoints(parts.run.path)] == ["step_000001"]
+
+
+def test_handlers_are_put_back_and_nothing_is_asked_by_itself():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopSignal()
+    with stop.listening():
+        assert signal.getsignal(signal.SIGTERM) is not before
+        stop.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Abandoned):
+            stop.check()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_without_finite_gradients_stops(tmp_path):
+    parts = build_parts(tmp_path, Bandit([0.0, 0.0]), num_steps=50, optimizer={"lr": 0.05, "max_skipped": 3})
+    parts.engine.step = lambda: float("nan")
+    with pytest.raises(DivergedError, match="3 updates in a row had no finite gradient, the last one of rollout 2"):
+        run_loop(parts, BEGIN, StopSignal())
+    check_finite(parts.recipe, 2, 0)
