@@ -161,6 +161,23 @@ def test_thinking_gives_two_segments_with_one_completion(name: str):
     assert not any(vocabulary & set(row.tolist()) for row in trajectory.segments["text"].actions["tokens"])
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_both_segments_have_gradients_of_their_own(name: str):
+    """Each reaches the layers that both share; only the picture's reaches Janus's image head."""
+    policy = policy_of(name, think=Think(max_new_tokens=5))
+    trajectory = policy.sample(prompts())
+    reached = {}
+    for segment_name, segment in trajectory.segments.items():
+        policy.module.zero_grad()
+        policy.log_prob(segment_name, segment, slice(None)).log_probs.sum().backward()
+        reached[segment_name] = {n for n, p in policy.module.named_parameters() if p.grad is not None and p.grad.any()}
+    shared = {n for n in reached["text"] if ".layers." in n}
+    assert len(shared) >= 10 and shared <= reached["image"]
+    if name == "janus":
+        own = {n for n in reached["image"] if "generation_" in n}
+        assert own and not own & reached["text"]
+
+
 def test_a_model_that_does_not_draw_is_refused():
     chameleon = SimpleNamespace(config=SimpleNamespace(model_type="chameleon"))
     block = PolicyBlock(model="x", family="image_tokens", sampling=ImageTokenSampling())

@@ -25,6 +25,8 @@ SMALL = [
     "engine.threads=1",
     "checkpoint.every=2",
 ]
+LIKE_OTHERS = ["quickstart_image_tokens", "quickstart_ocr"]
+"""Their checkpoints are written and read like those of a recipe that is resumed here."""
 KEYS = {
     "step", "samples_seen", "loss", "reward", "reward_std", "frac_reward_zero_std", "ratio/mean",
     "clip_fraction/low", "clip_fraction/high", "replay_gap", "grad_norm", "lr", "time/rollout", "time/reward",
@@ -72,7 +74,7 @@ def test_a_recipe_trains_and_fills_its_folder(name: str, tmp_path: Path):
     assert load_recipe(str(tmp_path / "recipe.yaml")).num_steps == 2
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart_ocr"])  # the same family as quickstart
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in LIKE_OTHERS])
 def test_a_resumed_run_ends_where_an_unbroken_one_does(name: str, tmp_path: Path):
     assert train(name, tmp_path / "whole", "num_steps=4").returncode == 0
     assert train(name, tmp_path / "parts", "num_steps=4", "checkpoint.keep=9").returncode == 0
