@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from unified_rl.recipe import Recipe
-from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock, TextSampling
+from unified_rl.recipe_policy import DiffusionSampling, ImageTokenSampling, PolicyBlock, TextSampling
+from unified_rl.step_counts import num_image_tokens
 from unified_rl.weights import BYTES, DENOISERS, Sizes, measure
 
 LIBRARIES = 550 * 2**20
@@ -68,9 +69,11 @@ def estimate(recipe: Recipe) -> Footprint | None:
         activations = pipeline.activations(rows)
         trajectories = recipe.samples_per_rollout * pipeline.stored_bytes
     else:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        activations = _language_model(config, recipe.policy, sampling, rows)
         trajectories = 0  # tokens and log-probs
+        activations = None
+        if isinstance(sampling, TextSampling | ImageTokenSampling):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            activations = _language_model(config, recipe.policy, sampling, rows)
     return Footprint(
         sizes=sizes,
         copies=4 * sizes.trained * len(recipe.all_snapshots),
@@ -153,18 +156,27 @@ class _Pipeline:
         return largest + kept // 4 if self._policy.memory.gradient_checkpointing else kept
 
 
-def _language_model(config: dict[str, Any], policy: PolicyBlock, sampling: TextSampling, rows: int) -> int | None:
+def _language_model(
+    config: dict[str, Any], policy: PolicyBlock, sampling: TextSampling | ImageTokenSampling, rows: int
+) -> int | None:
     text = {**config, **(config.get("text_config") or {})}
     hidden, layers = text.get("hidden_size"), text.get("num_hidden_layers")
-    if not hidden or not layers:
+    completion: int | None
+    if isinstance(sampling, ImageTokenSampling):
+        completion, codes = num_image_tokens(policy, sampling), config.get("vq_config") or {}
+        vocabulary = codes.get("num_embeddings") or codes.get("codebook_size") or 0
+        rows *= 1 if sampling.guidance_scale == 1.0 else 2
+    else:
+        completion, vocabulary = sampling.max_new_tokens, text.get("vocab_size", 0)
+    if not hidden or not layers or completion is None:
         return None
     inner = text.get("intermediate_size") or 4 * hidden
     prompt = sampling.max_prompt_tokens or 256
-    tokens = prompt + sampling.max_new_tokens
+    tokens = prompt + completion
     factor = (10 if policy.adapter.kind == "none" else 6) + 4 * inner / hidden
     values = _blocks(policy, layers, tokens * hidden, factor) * BYTES[policy.dtype]
     # Logits of the completions: the model's, the processed ones and their log-softmax in float32.
-    logits = sampling.max_new_tokens * text.get("vocab_size", 0) * (BYTES[policy.dtype] + 8)
+    logits = completion * vocabulary * (BYTES[policy.dtype] + 8)
     return rows * (values + logits)
 
 

@@ -8,8 +8,9 @@ import pytest
 from unified_rl.checks import check_recipe
 from unified_rl.errors import RecipeError
 from unified_rl.explain import explain, plan
+from unified_rl.footprint import estimate
 from unified_rl.recipe import Recipe
-from unified_rl.recipe_file import parse_recipe
+from unified_rl.recipe_file import load_recipe, parse_recipe
 
 
 def recipe(folder: Path, *, sampling: dict | None = None, objective: dict | None = None, **config) -> Recipe:
@@ -67,3 +68,13 @@ def test_a_text_segment_without_thinking_is_refused(tmp_path: Path):
 def test_rules_for_tokens_hold_for_image_tokens(tmp_path: Path):
     with pytest.raises(RecipeError, match="tokens are trained together"):
         recipe(tmp_path, objective={"train_steps": 4})
+
+
+def test_shipped_recipes_of_image_tokens_are_explained():
+    """With the weights that ship: memory is estimated, guided rows twice."""
+    guided = load_recipe("quickstart_image_tokens")
+    assert "activations" in explain(guided)
+    plain = load_recipe("quickstart_image_tokens", ["policy.sampling.guidance_scale=1"])
+    sizes = [estimate(each) for each in (guided, plain)]
+    assert sizes[0] is not None and sizes[1] is not None
+    assert sizes[0].activations == 2 * (sizes[1].activations or 0) > 0

@@ -7,7 +7,7 @@ import pytest
 
 from unified_rl.checks import check_recipe
 from unified_rl.errors import RecipeError
-from unified_rl.explain import plan
+from unified_rl.explain import explain, plan
 from unified_rl.recipe import Recipe
 from unified_rl.recipe_file import parse_recipe
 
@@ -29,6 +29,7 @@ def test_the_family_is_found_and_its_steps_are_counted(tmp_path: Path):
     assert found.policy.family == "masked_diffusion" and found.policy.segments == ("image",)
     check_recipe(found)
     assert plan(found).steps_trained == plan(found).windows_per_update == 12
+    assert "masked_diffusion" in explain(found)
     assert plan(recipe(tmp_path, objective={"train_steps": 3})).steps_trained == 3
     assert plan(recipe(tmp_path, sampling={"estimator": "random_mask", "num_masks": 3})).steps_trained == 3
     assert plan(recipe(tmp_path, sampling={"estimator": "coupled_mask", "num_masks": 3})).steps_trained == 6
