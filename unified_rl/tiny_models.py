@@ -29,8 +29,8 @@ VOCABULARY = {token: index for index, token in enumerate([*SPECIAL, *string.prin
 def _tokenizer(side: str = "right") -> Any:
     """A tokenizer of single characters, which reads any prompt."""
     raw = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S"), behavior="removed", invert=True)  # type: ignore[assignment]
-    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])  # type: ignore
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S"), behavior="removed", invert=True)
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw,
         pad_token="<pad>",
@@ -76,7 +76,7 @@ def _qwen2_vl() -> nn.Module:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _image_vae(channels: int, **more: Any) -> nn.Module:
+def _image_vae(channels: int, **more: Any) -> Any:
     """An autoencoder with `channels` latent channels that halves the resolution twice."""
     return diffusers.AutoencoderKL(
         block_out_channels=(4, 4, 4),
@@ -88,7 +88,7 @@ def _image_vae(channels: int, **more: Any) -> nn.Module:
     )
 
 
-def _unet(**more: Any) -> nn.Module:
+def _unet(**more: Any) -> Any:
     settings: dict[str, Any] = {
         "block_out_channels": (8, 16),
         "layers_per_block": 1,
@@ -226,7 +226,7 @@ def _qwen_image_edit() -> dict[str, Any]:
     return {**_qwen_image(), "tokenizer": tokenizer, "processor": processor}
 
 
-def _wan_vae() -> nn.Module:
+def _wan_vae() -> Any:
     return diffusers.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )

@@ -148,7 +148,7 @@ def checkpointed_decoder(pipeline: Any) -> Iterator[None]:
     if not isinstance(vae, nn.Module):
         yield
         return
-    decode: Callable = vae.decode
+    decode: Any = vae.decode
     with replaced_decoder(vae, functools.wraps(decode)(functools.partial(checkpoint, decode, use_reentrant=False))):
         yield
 

@@ -108,6 +108,7 @@ def recorded_scheduler(scheduler: Any, head: UnmaskHead) -> Any:
     Raises:
         UnsupportedPipelineError: if the scheduler's tokens cannot be scored.
     """
+    config = scheduler.config
     if not isinstance(scheduler, AmusedScheduler):
         raise UnsupportedPipelineError(
             f"{type(scheduler).__name__}: no discrete kernel for this scheduler; an AmusedScheduler has one"
@@ -115,7 +116,7 @@ def recorded_scheduler(scheduler: Any, head: UnmaskHead) -> Any:
     own_step = AmusedScheduler.step
 
     @functools.wraps(own_step)
-    def step(self, model_output, timestep, sample, starting_mask_ratio=1.0, generator=None, return_dict=True):
+    def step(self: Any, model_output, timestep, sample, starting_mask_ratio=1.0, generator=None, return_dict=True):
         assert head.current is not None, "the scheduler is stepped outside of a pass"
         scores = model_output.float()
 
@@ -127,7 +128,8 @@ def recorded_scheduler(scheduler: Any, head: UnmaskHead) -> Any:
         following = head.current.next_tokens(logits, sample, self.config.mask_token_id, draw)
         if not return_dict:
             return (following, following)
-        return AmusedSchedulerOutput(prev_sample=following, pred_original_sample=following)
+        output: Any = AmusedSchedulerOutput  # its annotation of pred_original_sample is that of a generator
+        return output(prev_sample=following, pred_original_sample=following)
 
     twin: Any = type("RecordedAmusedScheduler", (AmusedScheduler,), {"step": step})
-    return twin.from_config(scheduler.config)
+    return twin.from_config(config)
