@@ -287,6 +287,8 @@ def _objective_lines(objective: Objective, counts: Plan) -> list[tuple[str, str]
         "top_entropy": objective.top_entropy if objective.top_entropy < 1 else None,
     }
     clip += "".join(f", {name} {value:g}" for name, value in extras.items() if value is not None)
+    if objective.threshold_unit == "nats":
+        clip += ", thresholds in nats of the whole step"
     advantage = _meaning(objective.advantage)
     if objective.advantage_clip is not None:
         advantage += f", clipped to {objective.advantage_clip:g}"
@@ -301,7 +303,9 @@ def _objective_lines(objective: Objective, counts: Plan) -> list[tuple[str, str]
         *method_lines(objective),
         ("advantage", advantage),
     ]
-    shown_kl = f"{kl.estimator}, in the {kl.place}, coef {kl.coef:g}{steered}" if kl.coef else "none (coef 0)"
+    shown_kl = "none (coef 0)"
+    if kl.coef:
+        shown_kl = f"{kl.estimator} from {kl.reference}, in the {kl.place}, coef {kl.coef:g}{steered}"
     if "steps" not in objective.kinds:
         return [*lines, ("kl", shown_kl)]
     lines += [

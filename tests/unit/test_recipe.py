@@ -263,7 +263,7 @@ def test_explain_spells_out_the_run(raw, tmp_path):
     for part in (
         "flow_grpo: Liu et al. 2025, Flow-GRPO, arXiv 2505.05470",
         "clip is inactive",
-        "gaussian, in the loss, coef 0.004",
+        "gaussian from base, in the loss, coef 0.004",
         "reference copy",
         "activations are not counted",
         "measured, not trained on",
