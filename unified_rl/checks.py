@@ -4,7 +4,6 @@ import os
 import re
 from pathlib import Path
 
-from unified_rl.data.recorded import check_recorded, load_recorded, weights_of
 from unified_rl.data.sources import check_source
 from unified_rl.engine.deepspeed_config import raw_config
 from unified_rl.errors import RecipeError, nearest
@@ -104,6 +103,8 @@ def _check_data(recipe: Recipe) -> list[str]:
     warnings = []
     num_rows = None
     if recipe.data.rollouts is not None:
+        from unified_rl.data.recorded import check_recorded, load_recorded, weights_of  # imports torch
+
         check_recorded(recipe, load_recorded(recipe.data.rollouts, weights_of(recipe), recipe.group_size))
     else:
         num_rows = check_source(recipe.data.prompts, "data.prompts")
