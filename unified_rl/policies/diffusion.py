@@ -74,7 +74,7 @@ class DiffusionPolicy:
             UnsupportedPipelineError: if the pipeline's structure or scheduler cannot be replayed exactly.
             RecipeError: if the adapter or train patterns match nothing, or a call argument does not exist.
         """
-        _refuse(type(pipeline).__name__)
+        self._refuse(type(pipeline).__name__)
         self.version = 0
         self._layout: recorded_pictures.Layout | None = None
         self.rollout = 0
@@ -134,7 +134,7 @@ class DiffusionPolicy:
         """Load a pipeline from a folder or the hub, without the components that its index marks as absent (diffusers
         wants those named, for instance text_encoder_3=None)."""
         index = DiffusionPipeline.load_config(block.model, revision=block.revision)
-        _refuse(str(index["_class_name"]))
+        cls._refuse(str(index["_class_name"]))
         absent = {name: None for name, value in index.items() if value == [None, None]}
         pipeline = DiffusionPipeline.from_pretrained(
             block.model, revision=block.revision, dtype=getattr(torch, block.dtype), **absent
@@ -148,6 +148,13 @@ class DiffusionPolicy:
             seed=seed,
             call_defaults=json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else None,
         )
+
+    @classmethod
+    def _refuse(cls, class_name: str) -> None:
+        """Raise for a class that is known not to replay."""
+        reason = refusal(class_name)
+        if reason is not None:
+            raise UnsupportedPipelineError(f"{class_name}: {reason}")
 
     def sample(self, prompts: Sequence[Prompt], *, evaluation: bool = False) -> Trajectory:
         """Run the pipeline once, recording each step's state and log-prob (Gaussian, mean over dims)."""
@@ -391,10 +398,3 @@ class DiffusionPolicy:
         finally:
             del module.forward  # the instance's; the class's own comes back
             self._end()
-
-
-def _refuse(class_name: str) -> None:
-    """Raise for a class that is known not to replay."""
-    reason = refusal(class_name)
-    if reason is not None:
-        raise UnsupportedPipelineError(f"{class_name}: {reason}")

@@ -49,6 +49,10 @@ class MaskedDiffusionPolicy(DiffusionPolicy):
     def _noise_seeds(self, prompts: Sequence[Prompt], settings: Any) -> list[int]:
         return [prompt.seed for prompt in prompts]
 
+    @classmethod
+    def _refuse(cls, class_name: str) -> None:
+        """The table is of Gaussian steps; a scheduler whose tokens cannot be scored is refused by its class."""
+
     def sample(self, prompts: Sequence[Prompt], *, evaluation: bool = False) -> Trajectory:
         """Run the pipeline once; a step's log-prob is the sum over the tokens that it commits, or the estimator's mean
         over one mask (not computed for evaluation, where nothing reads it)."""
