@@ -18,8 +18,8 @@ def test_a_wrong_replay_stops_the_run(error: float, tmp_path: Path, monkeypatch:
     replay = CausalLMPolicy._completion_logits
 
     def wrong(self, *args, **kwargs):
-        logits = replay(self, *args, **kwargs)
-        return logits + error * torch.arange(logits.shape[-1])
+        logits, states = replay(self, *args, **kwargs)
+        return logits + error * torch.arange(logits.shape[-1]), states
 
     monkeypatch.setattr(CausalLMPolicy, "_completion_logits", wrong)
     with pytest.raises(RecipeError, match="max_replay_gap: replay differs from the rollout"):

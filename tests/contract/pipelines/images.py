@@ -59,15 +59,17 @@ class Safe(torch.nn.Module):
         return video
 
 
-def kandinsky5(visual_cond: bool = False):
-    """Its output layer starts at zero, which would cut the adapters' gradients off."""
-    model = diffusers.Kandinsky5Transformer3DModel(
-        **TINY["Kandinsky5Transformer3DModel"] | {"visual_cond": visual_cond}
-    )
+def without_zeros(model: torch.nn.Module) -> torch.nn.Module:
+    """Layers that start at zero (gates, output layers) would cut the adapters' gradients off."""
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
     return model
+
+
+def kandinsky5(visual_cond: bool = False):
+    settings = TINY["Kandinsky5Transformer3DModel"] | {"visual_cond": visual_cond}
+    return without_zeros(diffusers.Kandinsky5Transformer3DModel(**settings))
 
 
 def dream():
@@ -272,7 +274,12 @@ IMAGES = [
     Case("NucleusMoEImagePipeline", {"vae": QWEN["vae"]} | NO_TEXT, columns=EMBEDDED),
     Case(
         "PRXPipeline",
-        FLUX_VAE | {"text_encoder": None, "tokenizer": None},
+        FLUX_VAE
+        | {
+            "transformer": lambda: without_zeros(tiny("PRXTransformer2DModel")()),
+            "text_encoder": None,
+            "tokenizer": None,
+        },
         {"use_resolution_binning": False},
         columns=SAME
         | dict.fromkeys(("prompt_attention_mask", "negative_prompt_attention_mask"), MASKS["prompt_embeds_mask"]),
@@ -281,7 +288,9 @@ IMAGES = [
     Case(
         "PRXPixelPipeline",
         {
-            "transformer": tiny("PRXTransformer2DModel", in_channels=3, bottleneck_size=8, resolution_embeds=True),
+            "transformer": lambda: without_zeros(
+                tiny("PRXTransformer2DModel", in_channels=3, bottleneck_size=8, resolution_embeds=True)()
+            ),
             "text_encoder": None,
             "tokenizer": None,
         },
@@ -322,15 +331,17 @@ IMAGES = [
         "ErnieImagePipeline",
         {
             "vae": flux2_vae,
-            "transformer": lambda: diffusers.ErnieImageTransformer2DModel(
-                hidden_size=32,
-                num_attention_heads=2,
-                num_layers=1,
-                ffn_hidden_size=32,
-                in_channels=16,
-                out_channels=16,
-                text_in_dim=WIDTH,
-                rope_axes_dim=(4, 4, 8),
+            "transformer": lambda: without_zeros(
+                diffusers.ErnieImageTransformer2DModel(
+                    hidden_size=32,
+                    num_attention_heads=2,
+                    num_layers=1,
+                    ffn_hidden_size=32,
+                    in_channels=16,
+                    out_channels=16,
+                    text_in_dim=WIDTH,
+                    rope_axes_dim=(4, 4, 8),
+                )
             ),
             "text_encoder": None,
             "tokenizer": None,
