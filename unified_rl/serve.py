@@ -22,7 +22,7 @@ from unified_rl import __version__
 from unified_rl.errors import RecipeError
 from unified_rl.picture_wire import decode_picture
 from unified_rl.recipe_reward import RewardBlock
-from unified_rl.rewards import LoadedReward, RewardError, load_rewards, score
+from unified_rl.rewards import LoadedReward, RewardError, RewardFailedError, load_rewards, score
 from unified_rl.types import Completion, Prompt
 
 TOKEN_ENV = "UNIFIED_RL_TOKEN"
@@ -154,7 +154,7 @@ def scored(known: Mapping[str, LoadedReward], body: dict, limits: Limits) -> dic
     for name in names:
         try:
             found = score([known[name]], rows, completions).breakdown[name].tolist()
-        except RewardError as error:
+        except (RewardError, RewardFailedError) as error:
             errors[name] = str(error)
             continue
         scores[name] = [value if math.isfinite(value) else None for value in found]

@@ -23,7 +23,7 @@ from unified_rl.cli import main
 from unified_rl.picture_wire import encode_picture
 from unified_rl.recipe_reward import RewardBlock
 from unified_rl.remote import RemoteError, RemoteReward
-from unified_rl.rewards import RewardError, load_rewards, reward_of, score
+from unified_rl.rewards import RewardFailedError, load_rewards, reward_of, score
 from unified_rl.serve import Limits, make_app
 from unified_rl.types import Completion, Prompt
 
@@ -271,7 +271,7 @@ def test_too_many_scores_from_a_server(faulty: str) -> None:
     much = {"version": "1", "scores": {"x": [1.0, 2.0]}, "errors": {}}
     Faulty.script = [functools.partial(Faulty.reply, body=much)]  # type: ignore[list-item]
     prompts = [Prompt(text="p", images=(), columns={}, group_id=0, seed=0)]
-    with pytest.raises(RewardError, match="returned 2 scores for 1 completions"):
+    with pytest.raises(RewardFailedError, match="returned 2 scores for 1 completions"):
         score([reward_of(client(faulty), name="x")], prompts, [Completion(text="a", images=())])
 
 

@@ -53,5 +53,6 @@ def test_an_exploited_reward_raises_an_alarm(tmp_path: Path) -> None:
     assert not events.exists() or "exploited" not in events.read_text()
     first["stats/length"] = second["stats/length"] + 100.0
     (run / "eval.jsonl").write_text(json.dumps(first) + "\n")
-    assert main(["train", "quickstart_vlm", *keys, "num_steps=2", "--output", str(run)]) == 0
+    longer = ["num_steps=2", "--allow-change", "num_steps"]
+    assert main(["train", "quickstart_vlm", *keys, *longer, "--output", str(run)]) == 0
     assert "the number of words went from" in events.read_text()
