@@ -34,8 +34,8 @@ def peak_mib() -> float:
 def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     from unified_rl.assemble import assemble
     from unified_rl.engine import distributed
-    from unified_rl.recipe_file import load_recipe
-    from unified_rl.tracking import NullRun
+    from unified_rl.recipe.file import load_recipe
+    from unified_rl.run_folder.tracking import NullRun
     from unified_rl.train import collect, plan_updates
     from unified_rl.update import update
 

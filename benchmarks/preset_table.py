@@ -20,9 +20,9 @@ from typing import Any
 
 from unified_rl.assemble import assemble
 from unified_rl.engine import distributed
-from unified_rl.presets import PRESETS
-from unified_rl.recipe_file import load_recipe
-from unified_rl.tracking import open_run, read_jsonl
+from unified_rl.recipe.file import load_recipe
+from unified_rl.recipe.presets import PRESETS
+from unified_rl.run_folder.tracking import open_run, read_jsonl
 from unified_rl.train import StopSignal, run_loop, start
 
 SEEDS = (0, 1, 2)

@@ -20,7 +20,7 @@ from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefi
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from unified_rl.policies.causal_lm import CausalLMPolicy
-from unified_rl.recipe_policy import PolicyBlock, TextSampling
+from unified_rl.recipe.policy import PolicyBlock, TextSampling
 from unified_rl.types import Prompt
 
 VOCABULARY = 300

@@ -21,8 +21,8 @@ from transformers import DynamicCache
 from unified_rl.assemble import Parts, assemble
 from unified_rl.engine import distributed
 from unified_rl.policies.causal_lm import CausalLMPolicy
-from unified_rl.recipe_file import load_recipe
-from unified_rl.tracking import NullRun
+from unified_rl.recipe.file import load_recipe
+from unified_rl.run_folder.tracking import NullRun
 from unified_rl.train import collect, plan_updates
 from unified_rl.update import update
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from unified_rl.engine import build_engine, distributed
-from unified_rl.planner import Model, need
-from unified_rl.recipe import EngineBlock, Optimizer
+from unified_rl.planning.planner import Model, need
+from unified_rl.recipe.schema import EngineBlock, Optimizer
 
 WIDTH, LAYERS = 768, 8
 ALL_SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

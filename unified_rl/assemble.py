@@ -18,11 +18,11 @@ from unified_rl.memory import Memory
 from unified_rl.policies import build_policy, check_rows
 from unified_rl.policies.critic import add_critics
 from unified_rl.protocols import Console, EncodesAhead, Engine, Policy
-from unified_rl.recipe import Recipe
-from unified_rl.reward_gradients import DifferentiableReward, load_differentiable
-from unified_rl.rewards import LoadedReward, load_rewards
+from unified_rl.recipe.schema import Recipe
+from unified_rl.rewards.gradients import DifferentiableReward, load_differentiable
+from unified_rl.rewards.scoring import LoadedReward, load_rewards
+from unified_rl.run_folder.tracking import Run, make_console
 from unified_rl.snapshots import Snapshots
-from unified_rl.tracking import Run, make_console
 from unified_rl.types import Prompt
 
 

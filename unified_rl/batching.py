@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from unified_rl.engine import distributed
-from unified_rl.recipe import EngineBlock
+from unified_rl.recipe.schema import EngineBlock
 from unified_rl.types import Rows, Segment
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from unified_rl.recipe import Recipe
+    from unified_rl.recipe.schema import Recipe
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -181,14 +181,14 @@ def _version() -> str:
 
 def _checked_recipe(name: str, overrides: list[str], *, tiny: bool) -> "tuple[Recipe, list[str]]":
     """The recipe and the warnings about it, after every check that needs no model in memory."""
-    from unified_rl.checks import check_recipe
+    from unified_rl.recipe.checks import check_recipe
 
     if tiny:
-        from unified_rl.tiny import tiny_recipe
+        from unified_rl.tiny.twin import tiny_recipe
 
         recipe, notes = tiny_recipe(name, overrides)
         return recipe, [f"--tiny: {note}" for note in notes] + check_recipe(recipe)
-    from unified_rl.recipe_file import load_recipe
+    from unified_rl.recipe.file import load_recipe
 
     recipe = load_recipe(name, overrides)
     return recipe, check_recipe(recipe)
@@ -196,7 +196,7 @@ def _checked_recipe(name: str, overrides: list[str], *, tiny: bool) -> "tuple[Re
 
 def _train(arguments: argparse.Namespace) -> int:
     recipe, warnings = _checked_recipe(arguments.recipe, arguments.overrides, tiny=arguments.tiny)
-    from unified_rl.tracking import check_writable
+    from unified_rl.run_folder.tracking import check_writable
 
     tiny = ["--tiny"] if arguments.tiny else []
     output: Path = arguments.output or Path("runs") / "-".join(
@@ -224,11 +224,11 @@ def _launched() -> bool:
 
 def _validate(arguments: argparse.Namespace) -> int:
     recipe, warnings = _checked_recipe(arguments.recipe, arguments.overrides, tiny=arguments.tiny)
-    from unified_rl.explain import explain
+    from unified_rl.recipe.explain import explain
 
     sys.stdout.write(explain(recipe))
     if arguments.gpus:
-        from unified_rl.planner import explain_plan
+        from unified_rl.planning.planner import explain_plan
 
         sys.stdout.write(f"\n{explain_plan(recipe, arguments.gpus, arguments.gpu_memory)}")
     sys.stdout.flush()
@@ -248,19 +248,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from unified_rl.score import score_command
+    from unified_rl.rewards.score import score_command
 
     return score_command(arguments.rewards, arguments.files, prompt=arguments.prompt, arguments=arguments.arguments)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from unified_rl.serve import serve_command
+    from unified_rl.rewards.serve import serve_command
 
     return serve_command(arguments.rewards, host=arguments.host, port=arguments.port)
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from unified_rl.export import export
+    from unified_rl.run_folder.export import export
 
     chosen = export(
         arguments.run,
@@ -274,14 +274,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from unified_rl.report import write_report
+    from unified_rl.report.page import write_report
 
     sys.stdout.write(f"{write_report(arguments.run)}\n")
     return DONE
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from unified_rl.explain import listing
+    from unified_rl.recipe.explain import listing
 
     sys.stdout.write(listing(arguments.kind))
     return DONE

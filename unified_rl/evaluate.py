@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from unified_rl.checkpoint import find_checkpoint
 from unified_rl.data.prompts import evaluation_prompts
 from unified_rl.data.sources import load_rows
 from unified_rl.engine import distributed
@@ -14,11 +13,12 @@ from unified_rl.errors import RecipeError
 from unified_rl.guard import MEANINGS, statistics
 from unified_rl.policies import build_policy, check_rows
 from unified_rl.protocols import Console, Policy
-from unified_rl.recipe import Recipe
-from unified_rl.recipe_file import load_recipe
-from unified_rl.rewards import LoadedReward, load_rewards
+from unified_rl.recipe.file import load_recipe
+from unified_rl.recipe.schema import Recipe
+from unified_rl.rewards.scoring import LoadedReward, load_rewards
 from unified_rl.rollout import Rollout, roll_out
-from unified_rl.tracking import make_console
+from unified_rl.run_folder.checkpoint import find_checkpoint
+from unified_rl.run_folder.tracking import make_console
 from unified_rl.types import Prompt
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 
-from unified_rl.recipe import Recipe
+from unified_rl.recipe.schema import Recipe
 
 PATIENCE = 5
 """Rollouts in a row without any difference between rewards before a warning."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from unified_rl.advantages import PromptStatistics
 from unified_rl.objectives.control import EntropyController, KLController
-from unified_rl.recipe import Recipe
-from unified_rl.recipe_objective import Objective
+from unified_rl.recipe.objective import Objective
+from unified_rl.recipe.schema import Recipe
 
 
 class Memory:

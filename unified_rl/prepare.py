@@ -18,13 +18,13 @@ from unified_rl.advantages import batch_advantages, gdpo_advantages, group_advan
 from unified_rl.batching import spans
 from unified_rl.engine import distributed
 from unified_rl.memory import Memory
-from unified_rl.objective_rules import GAUSSIAN_LOSSES
 from unified_rl.objectives import kl as divergence
 from unified_rl.objectives.sample_weights import SAMPLE_WEIGHTS
-from unified_rl.overlong import counted, length_metrics, punishment
 from unified_rl.protocols import Policy
-from unified_rl.recipe import Recipe
-from unified_rl.recipe_objective import Objective
+from unified_rl.recipe.objective import Objective
+from unified_rl.recipe.objective_rules import GAUSSIAN_LOSSES
+from unified_rl.recipe.schema import Recipe
+from unified_rl.rewards.overlong import counted, length_metrics, punishment
 from unified_rl.rollout import Rollout
 from unified_rl.types import Prompt, Segment
 from unified_rl.valuation import Valued, step_values, valued_advantages

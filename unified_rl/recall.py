@@ -9,7 +9,7 @@ from unified_rl.data.recorded import RecordedSample, RecordedSampler
 from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
 from unified_rl.protocols import Policy, RecordingPolicy
-from unified_rl.rewards import LoadedReward, score
+from unified_rl.rewards.scoring import LoadedReward, score
 from unified_rl.rollout import Rollout
 from unified_rl.types import Completion, Prompt, Recorded, Scores, concat_trajectories
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from unified_rl.engine.watch import enter
 from unified_rl.protocols import Console, Policy
-from unified_rl.rewards import LoadedReward, Scoring
-from unified_rl.tracking import Sample
+from unified_rl.rewards.scoring import LoadedReward, Scoring
+from unified_rl.run_folder.tracking import Sample
 from unified_rl.types import Completion, Prompt, Scores, Trajectory, concat_trajectories
 
 

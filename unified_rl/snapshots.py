@@ -25,8 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unified_rl.checkpoint import CheckpointError
-from unified_rl.recipe_snapshot import Snapshot
+from unified_rl.recipe.snapshot import Snapshot
+from unified_rl.run_folder.checkpoint import CheckpointError
 
 TRAINED = "trained"
 """The name of the weights themselves."""

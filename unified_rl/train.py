@@ -30,16 +30,16 @@ from unified_rl.guard import alarms
 from unified_rl.methods import plan_windows
 from unified_rl.metrics import peak_mib, reward_metrics
 from unified_rl.prepare import Prepared, prepare
-from unified_rl.random_state import seed_all
 from unified_rl.recall import recall
-from unified_rl.recipe import Recipe
+from unified_rl.recipe.schema import Recipe
 from unified_rl.resample import replace_tied
-from unified_rl.resume import Position, resume
 from unified_rl.rollout import Rollout, roll_out, shown
-from unified_rl.saving import Saver, is_due
+from unified_rl.run_folder.random_state import seed_all
+from unified_rl.run_folder.resume import Position, resume
+from unified_rl.run_folder.saving import Saver, is_due
+from unified_rl.run_folder.tracking import open_run, read_jsonl
 from unified_rl.snapshots import TRAINED
 from unified_rl.stopping import UNASKED, Abandoned, StopSignal
-from unified_rl.tracking import open_run, read_jsonl
 from unified_rl.types import Prompt
 from unified_rl.update import replay_gap, update, window_loss, window_stats
 from unified_rl.windows import Window

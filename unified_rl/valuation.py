@@ -9,7 +9,7 @@ from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
 from unified_rl.objectives.value import gae, gae_over_turns
 from unified_rl.protocols import Policy, ValuedPolicy
-from unified_rl.recipe_objective import Objective
+from unified_rl.recipe.objective import Objective
 from unified_rl.types import Segment
 
 STD_EPS = 1e-8

@@ -21,8 +21,8 @@ from unified_rl.objectives.correction import entropy_threshold, importance_weigh
 from unified_rl.objectives.policy_gradient import LossFunction
 from unified_rl.prepare import Prepared
 from unified_rl.protocols import Policy
-from unified_rl.recipe import Recipe
-from unified_rl.recipe_objective import Objective
+from unified_rl.recipe.objective import Objective
+from unified_rl.recipe.schema import Recipe
 from unified_rl.types import Rows, Segment
 from unified_rl.valuation import Valued
 

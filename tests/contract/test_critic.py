@@ -8,7 +8,7 @@ import torch
 from test_replay import diffusion_policy, image_prompts, question_prompts, text_policy
 
 from unified_rl.policies.critic import CRITIC_FILE, CriticPolicy
-from unified_rl.recipe_critic import Critic
+from unified_rl.recipe.critic import Critic
 from unified_rl.types import Segment
 
 

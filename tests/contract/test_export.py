@@ -10,12 +10,12 @@ from diffusers import StableDiffusion3Pipeline
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from unified_rl.checkpoint import save_checkpoint
 from unified_rl.cli import main
 from unified_rl.engine.local import LocalEngine
 from unified_rl.policies import build_policy
-from unified_rl.recipe_file import dump_recipe, parse_recipe
-from unified_rl.recipe_snapshot import Snapshot
+from unified_rl.recipe.file import dump_recipe, parse_recipe
+from unified_rl.recipe.snapshot import Snapshot
+from unified_rl.run_folder.checkpoint import save_checkpoint
 from unified_rl.snapshots import Snapshots
 
 RATE = 0.5

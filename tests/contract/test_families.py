@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from unified_rl.errors import RecipeError
 from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.policies.frozen_tower import find_towers
-from unified_rl.recipe_policy import Adapter, PolicyBlock, TextSampling
+from unified_rl.recipe.policy import Adapter, PolicyBlock, TextSampling
 from unified_rl.types import Prompt
 
 FAMILIES: dict[str, Family] = {**text.FAMILIES, **vision.FAMILIES}

@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from unified_rl.policies.masked_diffusion import MaskedDiffusionPolicy
 from unified_rl.policies.scheduler_head import UnsupportedPipelineError
-from unified_rl.recipe_policy import Adapter, MaskedDiffusionSampling, PolicyBlock
+from unified_rl.recipe.policy import Adapter, MaskedDiffusionSampling, PolicyBlock
 from unified_rl.types import Prompt
 
 CODES, STEPS = 10, 4

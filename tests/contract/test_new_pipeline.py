@@ -10,8 +10,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 from unified_rl.policies.diffusion import DiffusionPolicy
-from unified_rl.recipe_file import load_recipe
-from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
+from unified_rl.recipe.file import load_recipe
+from unified_rl.recipe.policy import DiffusionSampling, PolicyBlock
 from unified_rl.train import train
 from unified_rl.types import Prompt
 

@@ -18,7 +18,7 @@ from unified_rl.policies.diffusion import DiffusionPolicy
 from unified_rl.policies.pipeline_call import call_arguments
 from unified_rl.policies.pipeline_table import PipelineRow, pipeline_table
 from unified_rl.policies.scheduler_head import UnsupportedPipelineError
-from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
+from unified_rl.recipe.policy import DiffusionSampling, PolicyBlock
 from unified_rl.types import Prompt
 
 EXACT = [case for case in CASES if case.refused is None]

@@ -21,11 +21,11 @@ from unified_rl.errors import RecipeError
 from unified_rl.health import Health
 from unified_rl.memory import Memory
 from unified_rl.policies.critic import add_critics
-from unified_rl.presets import PRESETS
-from unified_rl.recipe_file import parse_recipe
-from unified_rl.rewards import reward_of
+from unified_rl.recipe.file import parse_recipe
+from unified_rl.recipe.presets import PRESETS
+from unified_rl.rewards.scoring import reward_of
+from unified_rl.run_folder.tracking import NullRun, QuietConsole
 from unified_rl.snapshots import Snapshots
-from unified_rl.tracking import NullRun, QuietConsole
 from unified_rl.train import collect, plan_updates
 from unified_rl.update import update
 from unified_rl.worlds import shapes

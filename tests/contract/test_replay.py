@@ -10,7 +10,7 @@ import torch
 
 from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.policies.diffusion import DiffusionPolicy
-from unified_rl.recipe_policy import Adapter, DiffusionSampling, PolicyBlock, TextSampling, exam_sampling
+from unified_rl.recipe.policy import Adapter, DiffusionSampling, PolicyBlock, TextSampling, exam_sampling
 from unified_rl.types import Prompt, Segment
 from unified_rl.worlds import shapes
 

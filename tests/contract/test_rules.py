@@ -9,7 +9,6 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 MODULES = sorted([*(ROOT / "unified_rl").rglob("*.py"), *(ROOT / "reward_models").rglob("*.py")])
 PURE = {"transformers", "diffusers", "deepspeed", "peft", "torch.distributed", "unified_rl.recipe", "unified_rl.engine"}
-PURE |= {"unified_rl.recipe_policy", "unified_rl.recipe_objective"}
 FORBIDDEN = {
     "unified_rl/objectives/": PURE,
     "unified_rl/transitions/": PURE,

@@ -9,13 +9,13 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from unified_rl.errors import RecipeError
-from unified_rl.footprint import estimate
+from unified_rl.planning.footprint import estimate
 from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.policies.diffusion import DiffusionPolicy
 from unified_rl.policies.encoders import TextEncoders
 from unified_rl.policies.savings import apply, in_chunks
-from unified_rl.recipe_file import parse_recipe
-from unified_rl.recipe_policy import Adapter, DiffusionSampling, PolicyBlock, Savings, TextSampling
+from unified_rl.recipe.file import parse_recipe
+from unified_rl.recipe.policy import Adapter, DiffusionSampling, PolicyBlock, Savings, TextSampling
 from unified_rl.types import Prompt, Segment
 from unified_rl.worlds import shapes
 

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from unified_rl import checkpoint
 from unified_rl.engine import build_engine, distributed
-from unified_rl.recipe import EngineBlock, Optimizer
-from unified_rl.recipe_snapshot import Ema, Snapshot
+from unified_rl.recipe.schema import EngineBlock, Optimizer
+from unified_rl.recipe.snapshot import Ema, Snapshot
+from unified_rl.run_folder import checkpoint
 from unified_rl.snapshots import Snapshots
 
 NUM_RANKS = int(os.environ.get("NUM_RANKS", "2"))

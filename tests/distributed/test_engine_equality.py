@@ -10,8 +10,8 @@ import engine_worker as worker
 import pytest
 import torch
 
-from unified_rl.checkpoint import find_checkpoint, load_state, verify
 from unified_rl.engine import build_engine
+from unified_rl.run_folder.checkpoint import find_checkpoint, load_state, verify
 
 TOLERANCE = 1e-6
 

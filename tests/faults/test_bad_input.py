@@ -81,7 +81,7 @@ def test_a_reward_may_exclude_samples(tmp_path: Path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
-    from unified_rl.tracking import RunFolder
+    from unified_rl.run_folder.tracking import RunFolder
 
     held = RunFolder(tmp_path / "run")
     try:

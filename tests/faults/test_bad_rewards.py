@@ -14,11 +14,11 @@ import pytest
 
 from unified_rl.cli import main
 from unified_rl.errors import RecipeError
-from unified_rl.recipe_reward import Gate, RewardBlock
-from unified_rl.reward_process import CallFailedError
-from unified_rl.reward_runner import RewardRunner
-from unified_rl.reward_types import Judged, RewardBatch
-from unified_rl.rewards import LoadedReward, RewardFailedError, Scoring, check_rewards, load_rewards, score
+from unified_rl.recipe.reward import Gate, RewardBlock
+from unified_rl.rewards.process import CallFailedError
+from unified_rl.rewards.runner import RewardRunner
+from unified_rl.rewards.scoring import LoadedReward, RewardFailedError, Scoring, check_rewards, load_rewards, score
+from unified_rl.rewards.types import Judged, RewardBatch
 from unified_rl.types import Completion, Prompt
 
 REWARDS = """
@@ -177,7 +177,7 @@ def test_retries_pause_longer_each_time() -> None:
 
 
 def test_the_breaker_opens_and_lets_a_probe_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unified_rl.reward_runner.FIRST_BREAK", 0.3)
+    monkeypatch.setattr("unified_rl.rewards.runner.FIRST_BREAK", 0.3)
     flaky = Flaky(4)
     runner = RewardRunner(flaky)  # type: ignore[arg-type]
     outcomes = [runner.submit(batch("a")).result() for _ in range(5)]
@@ -266,8 +266,8 @@ def test_a_hanging_reward_does_not_hold_up_the_end(rewards_file: Path) -> None:
     """The process exits at once, with the call still in flight, and takes the reward's process with it."""
     code = (
         "import os\n"
-        "from unified_rl.recipe_reward import RewardBlock\n"
-        "from unified_rl.rewards import Scoring, load_rewards\n"
+        "from unified_rl.recipe.reward import RewardBlock\n"
+        "from unified_rl.rewards.scoring import Scoring, load_rewards\n"
         "from unified_rl.types import Completion, Prompt\n"
         f"rewards = load_rewards([RewardBlock(name={f'{rewards_file}:moody'!r})])\n"
         "prompts = [Prompt(text='p', images=(), columns={'do': 'hang'}, group_id=0, seed=0)]\n"

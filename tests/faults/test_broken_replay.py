@@ -7,7 +7,7 @@ import torch
 
 from unified_rl.errors import RecipeError
 from unified_rl.policies.causal_lm import CausalLMPolicy
-from unified_rl.recipe_file import load_recipe
+from unified_rl.recipe.file import load_recipe
 from unified_rl.train import train
 
 SMALL = ["num_steps=1", "group_size=2", "prompts_per_step=1", "data.evaluation=null", "engine.threads=1"]

@@ -20,11 +20,11 @@ import uvicorn
 from PIL import Image
 
 from unified_rl.cli import main
-from unified_rl.picture_wire import encode_picture
-from unified_rl.recipe_reward import RewardBlock
-from unified_rl.remote import RemoteError, RemoteReward
-from unified_rl.rewards import RewardFailedError, load_rewards, reward_of, score
-from unified_rl.serve import Limits, make_app
+from unified_rl.recipe.reward import RewardBlock
+from unified_rl.rewards.picture_wire import encode_picture
+from unified_rl.rewards.remote import RemoteError, RemoteReward
+from unified_rl.rewards.scoring import RewardFailedError, load_rewards, reward_of, score
+from unified_rl.rewards.serve import Limits, make_app
 from unified_rl.types import Completion, Prompt
 
 TOKEN = "a long secret"

@@ -12,10 +12,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from recipes.families import make_tiny
 from recipes.quickstart import make_shapes_inpaint, make_shapes_sd3
 from unified_rl import cli
-from unified_rl.recipe_file import RECIPES
+from unified_rl.recipe.file import RECIPES
 
 COUNTS = ["num_steps=1", "epochs=1", "group_size=2", "prompts_per_step=2", "engine.micro_batch=4", "engine.threads=1"]
-COUNTS += ["evaluation.num_prompts=2", "rewards=[{name: 'unified_rl.tiny:brightness'}]"]
+COUNTS += ["evaluation.num_prompts=2", "rewards=[{name: 'unified_rl.tiny.twin:brightness'}]"]
 
 
 def trained(recipe: str, model: Path, folder: Path, *overrides: str) -> dict:

@@ -25,7 +25,7 @@ def test_image_to_video_trains_from_a_column_of_pictures(tmp_path: Path):
         "prompts_per_step": 2,
         "policy": {"model": "model", "sampling": {"num_inference_steps": 3, "call": call}},
         "data": {"prompts": "rows.jsonl"},
-        "rewards": [{"name": "unified_rl.tiny:brightness"}],
+        "rewards": [{"name": "unified_rl.tiny.twin:brightness"}],
         "objective": {"preset": "dance_grpo"},
         "engine": {"micro_batch": 4},
     }

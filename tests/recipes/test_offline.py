@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from unified_rl.policies.causal_lm import CausalLMPolicy
-from unified_rl.recipe_file import load_recipe
+from unified_rl.recipe.file import load_recipe
 from unified_rl.types import Prompt, Recorded
 
 SMALL = [

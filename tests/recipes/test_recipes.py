@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from unified_rl.checks import check_recipe
-from unified_rl.recipe_file import RECIPES, load_recipe
+from unified_rl.recipe.checks import check_recipe
+from unified_rl.recipe.file import RECIPES, load_recipe
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 SMALL = [

@@ -11,9 +11,9 @@ from PIL import Image
 from unified_rl import cli
 from unified_rl.data.sources import load_rows
 from unified_rl.errors import RecipeError
-from unified_rl.recipe_file import RECIPES, load_recipe
-from unified_rl.tiny import HUB, brightness, shrink, tiny_recipe
-from unified_rl.tiny_models import TWINS
+from unified_rl.recipe.file import RECIPES, load_recipe
+from unified_rl.tiny.models import TWINS
+from unified_rl.tiny.twin import HUB, brightness, shrink, tiny_recipe
 from unified_rl.worlds.edits import train_instructions
 
 NAMES = sorted(path.stem for path in (RECIPES / "models").glob("*.yaml"))
@@ -67,7 +67,7 @@ def test_what_is_shrunk_is_said_and_overrides_win():
     assert recipe.num_steps == 3 and recipe.policy.adapter.rank == 2 and recipe.group_size == 4
     assert recipe.policy.sampling.noise_place == "window" and recipe.policy.sampling.noise_steps == 2
     assert recipe.policy.sampling.call["guidance_scale"] == 3.5 and recipe.policy.sampling.call["height"] == 32
-    assert [reward.name for reward in recipe.rewards] == ["unified_rl.tiny:brightness"]
+    assert [reward.name for reward in recipe.rewards] == ["unified_rl.tiny.twin:brightness"]
     assert any("hps stood in for by brightness" in note for note in notes)
     assert any("black-forest-labs/FLUX.1-dev" in note for note in notes)
 
@@ -89,7 +89,7 @@ def test_pictures_of_a_dataset_are_shrunk_and_its_other_columns_kept():
 
 def test_heavy_rewards_are_stood_in_for_with_their_summed_weight():
     model = {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-    stand_in = "unified_rl.tiny:brightness"
+    stand_in = "unified_rl.tiny.twin:brightness"
     raw = {"policy": model, "rewards": [{"name": "pick_score", "weight": 2.0}, {"name": "hps"}]}
     assert shrink(raw, RECIPES)[0]["rewards"] == [{"name": stand_in, "weight": 3.0}]
     light = [{"name": "compressibility", "weight": 2.0}, {"name": "mine.py:score"}]

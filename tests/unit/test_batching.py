@@ -8,8 +8,8 @@ import torch
 from unified_rl import batching
 from unified_rl.batching import filled, spans
 from unified_rl.errors import RecipeError
-from unified_rl.recipe import EngineBlock
-from unified_rl.recipe_file import parse_recipe
+from unified_rl.recipe.file import parse_recipe
+from unified_rl.recipe.schema import EngineBlock
 from unified_rl.types import Segment
 
 

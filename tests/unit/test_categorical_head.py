@@ -6,7 +6,7 @@ from torch import Tensor
 
 from unified_rl.policies import categorical_head
 from unified_rl.policies.categorical_head import draw, processors, score
-from unified_rl.recipe_policy import TextSampling
+from unified_rl.recipe.policy import TextSampling
 
 SETTINGS = TextSampling(temperature=0.7, top_k=20, top_p=0.95, min_p=0.01)
 SUPPRESSED = (0, 5)

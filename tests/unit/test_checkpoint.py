@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from unified_rl import checkpoint
-from unified_rl.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, load_state, verify
 from unified_rl.engine.local import LocalEngine
-from unified_rl.recipe import Optimizer
+from unified_rl.recipe.schema import Optimizer
+from unified_rl.run_folder import checkpoint
+from unified_rl.run_folder.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, load_state, verify
 from unified_rl.snapshots import Snapshots
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from unified_rl.composition import compose, shares_of, standardised
 from unified_rl.errors import RecipeError
-from unified_rl.recipe_file import load_recipe
-from unified_rl.recipe_reward import Gate
-from unified_rl.reward_runner import Outcome
-from unified_rl.rewards import LoadedReward, RewardError, RewardFailedError, reward_of
+from unified_rl.recipe.file import load_recipe
+from unified_rl.recipe.reward import Gate
+from unified_rl.rewards.composition import compose, shares_of, standardised
+from unified_rl.rewards.runner import Outcome
+from unified_rl.rewards.scoring import LoadedReward, RewardError, RewardFailedError, reward_of
 
 NAN = math.nan
 

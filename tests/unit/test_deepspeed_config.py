@@ -6,7 +6,7 @@ import pytest
 
 from unified_rl.engine.deepspeed_config import build_config, raw_config
 from unified_rl.errors import RecipeError
-from unified_rl.recipe import EngineBlock
+from unified_rl.recipe.schema import EngineBlock
 
 
 def test_the_users_json_is_merged_key_by_key(tmp_path):

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from unified_rl.checkpoint import CheckpointError
 from unified_rl.engine import build_engine, distributed
 from unified_rl.engine.local import LocalEngine
 from unified_rl.engine.optimizer import lr_at, trained_parameters
 from unified_rl.errors import RecipeError
-from unified_rl.recipe import EngineBlock, Optimizer
+from unified_rl.recipe.schema import EngineBlock, Optimizer
+from unified_rl.run_folder.checkpoint import CheckpointError
 
 
 def net(seed=0):

@@ -6,7 +6,7 @@ import pytest
 from toys import Bandit, build_parts
 
 from unified_rl.health import PATIENCE, Health
-from unified_rl.tracking import read_jsonl
+from unified_rl.run_folder.tracking import read_jsonl
 from unified_rl.train import Position, StopSignal, run_loop
 
 GOOD = {

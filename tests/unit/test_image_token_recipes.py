@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from unified_rl.checks import check_recipe
 from unified_rl.errors import RecipeError
-from unified_rl.explain import explain, plan
-from unified_rl.footprint import estimate
-from unified_rl.recipe import Recipe
-from unified_rl.recipe_file import load_recipe, parse_recipe
+from unified_rl.planning.footprint import estimate
+from unified_rl.recipe.checks import check_recipe
+from unified_rl.recipe.explain import explain, plan
+from unified_rl.recipe.file import load_recipe, parse_recipe
+from unified_rl.recipe.schema import Recipe
 
 
 def recipe(folder: Path, *, sampling: dict | None = None, objective: dict | None = None, **config) -> Recipe:

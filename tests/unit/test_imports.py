@@ -66,7 +66,7 @@ def test_errors_name_the_nearest(plugin: Path) -> None:
         f"{plugin.parent}/plugins.py:plain": "did you mean 'plugin.py'?",
         "unified_rl.world:x": "unified_rl has no module 'world'; did you mean 'worlds'?",
         "unified_rl.worlds.shapes:train_drawin": "did you mean 'train_drawing'?",
-        "unified_rl.recipe.deeper:x": "unified_rl.recipe has no module 'deeper'",
+        "unified_rl.recipe.schema.deeper:x": "unified_rl.recipe.schema has no module 'deeper'",
         "no_such_package.module:x": "no module 'no_such_package' is installed",
     }.items():
         with pytest.raises(RecipeError) as caught:
@@ -155,8 +155,8 @@ def test_checking_needs_no_torch() -> None:
     code = """
 import sys
 from unified_rl.data.sources import check_source
-from unified_rl.recipe import RewardBlock
-from unified_rl.rewards import check_rewards, list_rewards
+from unified_rl.recipe.schema import RewardBlock
+from unified_rl.rewards.scoring import check_rewards, list_rewards
 check_source("unified_rl.worlds.shapes:train_drawing", "data.prompts")
 check_rewards([RewardBlock(name=name) for name in list_rewards()])
 assert not {"torch", "sklearn", "unified_rl.worlds.shapes"} & set(sys.modules)

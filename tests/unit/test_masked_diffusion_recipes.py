@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from unified_rl.checks import check_recipe
 from unified_rl.errors import RecipeError
-from unified_rl.explain import explain, plan
-from unified_rl.recipe import Recipe
-from unified_rl.recipe_file import parse_recipe
+from unified_rl.recipe.checks import check_recipe
+from unified_rl.recipe.explain import explain, plan
+from unified_rl.recipe.file import parse_recipe
+from unified_rl.recipe.schema import Recipe
 
 
 def recipe(folder: Path, *, sampling: dict | None = None, objective: dict | None = None) -> Recipe:

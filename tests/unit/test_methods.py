@@ -14,12 +14,12 @@ from torch import Tensor
 from toys import Bandit, Walker, again, build_parts
 
 from unified_rl.errors import RecipeError
-from unified_rl.method_rules import METHOD_KINDS
 from unified_rl.methods import PLANS
 from unified_rl.metrics import StepMetrics
 from unified_rl.objectives.forward_process import FORWARD_LOSSES
 from unified_rl.objectives.preference import SCORE_LOSSES, pair_losses
 from unified_rl.objectives.sample_weights import SAMPLE_WEIGHTS
+from unified_rl.recipe.method_rules import METHOD_KINDS
 from unified_rl.train import StopSignal, collect, plan_updates, run_loop, start
 from unified_rl.types import Denoised, Segment
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.unit.toys import Bandit, again, build_parts
 from unified_rl.policies.noise_plan import group_seed, noisy_steps, stored_steps, window_start
-from unified_rl.recipe_policy import DiffusionSampling, NoiseShift
+from unified_rl.recipe.policy import DiffusionSampling, NoiseShift
 from unified_rl.train import Position, StopSignal, run_loop, start
 
 

@@ -14,12 +14,12 @@ from toys import Bandit, Walker, again, build_parts
 
 from unified_rl.advantages import group_advantages
 from unified_rl.errors import RecipeError
-from unified_rl.method_presets import METHOD_PRESETS
 from unified_rl.metrics import StepMetrics
-from unified_rl.objective_rules import GAUSSIAN_LOSSES, LOSS_NAMES
 from unified_rl.objectives.policy_gradient import LOSSES
-from unified_rl.presets import PRESETS
-from unified_rl.tracking import read_jsonl
+from unified_rl.recipe.method_presets import METHOD_PRESETS
+from unified_rl.recipe.objective_rules import GAUSSIAN_LOSSES, LOSS_NAMES
+from unified_rl.recipe.presets import PRESETS
+from unified_rl.run_folder.tracking import read_jsonl
 from unified_rl.train import Position, StopSignal, collect, plan_updates, run_loop, start
 from unified_rl.update import window_loss
 

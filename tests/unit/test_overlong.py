@@ -8,9 +8,9 @@ import torch
 
 from tests.unit.toys import Bandit, build_parts
 from unified_rl.errors import RecipeError
-from unified_rl.overlong import counted, punishment
 from unified_rl.prepare import prepare
-from unified_rl.recipe_objective import Objective
+from unified_rl.recipe.objective import Objective
+from unified_rl.rewards.overlong import counted, punishment
 from unified_rl.rollout import Rollout
 from unified_rl.types import Completion, Scores, Segment, Trajectory
 

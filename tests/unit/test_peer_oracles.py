@@ -13,8 +13,8 @@ from unified_rl.objectives import aggregate
 from unified_rl.objectives.kl import estimate
 from unified_rl.objectives.policy_gradient import policy_loss
 from unified_rl.objectives.value import gae, value_loss
-from unified_rl.presets import PRESETS
-from unified_rl.recipe_objective import Objective
+from unified_rl.recipe.objective import Objective
+from unified_rl.recipe.presets import PRESETS
 from unified_rl.types import Segment
 from unified_rl.valuation import valued_advantages
 

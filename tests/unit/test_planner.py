@@ -3,7 +3,7 @@
 import pytest
 
 from unified_rl.cli import main
-from unified_rl.planner import GIB, Model, need, table
+from unified_rl.planning.planner import GIB, Model, need, table
 
 MODEL = Model(trained=100, module=300, beside=1000, frozen_bytes=2, trained_bytes=4)
 """An adapter of 100 parameters on a frozen bfloat16 module of 200, beside encoders of 1000."""

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from unified_rl.checks import check_recipe
 from unified_rl.errors import RecipeError
-from unified_rl.explain import explain, listing, plan
-from unified_rl.presets import PRESETS
-from unified_rl.recipe_file import RECIPES, dump_recipe, find_recipe, load_recipe, parse_recipe
-from unified_rl.weights import measure
+from unified_rl.planning.weights import measure
+from unified_rl.recipe.checks import check_recipe
+from unified_rl.recipe.explain import explain, listing, plan
+from unified_rl.recipe.file import RECIPES, dump_recipe, find_recipe, load_recipe, parse_recipe
+from unified_rl.recipe.presets import PRESETS
 
 
 def write_tensors(file: Path, shapes: dict[str, list[int]]) -> None:

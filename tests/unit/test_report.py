@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unified_rl.charts import Series, line_chart, ticks
 from unified_rl.errors import RecipeError
-from unified_rl.report import write_report
-from unified_rl.tracking import RunFolder
+from unified_rl.report.charts import Series, line_chart, ticks
+from unified_rl.report.page import write_report
+from unified_rl.run_folder.tracking import RunFolder
 
 ATTACK = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 NUM_STEPS = 30

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.unit.toys import Bandit, again, build_parts
-from unified_rl import random_state
-from unified_rl.checkpoint import CheckpointError
 from unified_rl.errors import RecipeError
-from unified_rl.resume import changes
+from unified_rl.run_folder import random_state
+from unified_rl.run_folder.checkpoint import CheckpointError
+from unified_rl.run_folder.resume import changes
+from unified_rl.run_folder.tracking import read_jsonl
 from unified_rl.stopping import StopSignal
-from unified_rl.tracking import read_jsonl
 from unified_rl.train import Position, run_loop, start
 
 BEGIN = Position(step=0, rollout=0)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from unified_rl.errors import RecipeError
-from unified_rl.reward_conventions import UniformReward, make_reward
-from unified_rl.reward_types import Judged, RewardBatch, RewardError
+from unified_rl.rewards.conventions import UniformReward, make_reward
+from unified_rl.rewards.types import Judged, RewardBatch, RewardError
 
 
 def uniform(target: Any, **arguments: Any) -> UniformReward:

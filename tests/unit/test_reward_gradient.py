@@ -14,9 +14,9 @@ from toys import Bandit, Walker, build_parts
 
 from reward_models.digit_likeness import digit_likeness
 from unified_rl.errors import RecipeError
-from unified_rl.recipe_reward import RewardBlock
-from unified_rl.reward_gradients import DifferentiableReward, load_differentiable
-from unified_rl.reward_types import RewardError
+from unified_rl.recipe.reward import RewardBlock
+from unified_rl.rewards.gradients import DifferentiableReward, load_differentiable
+from unified_rl.rewards.types import RewardError
 from unified_rl.train import StopSignal, collect, run_loop
 from unified_rl.types import Segment
 

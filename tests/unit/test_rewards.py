@@ -17,8 +17,8 @@ from PIL import Image
 from reward_models.answers import answer, answer_format
 from unified_rl.errors import RecipeError
 from unified_rl.imports import load_import
-from unified_rl.recipe import RewardBlock
-from unified_rl.rewards import (
+from unified_rl.recipe.schema import RewardBlock
+from unified_rl.rewards.scoring import (
     LoadedReward,
     RewardFailedError,
     check_reward,

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from tests.unit.toys import Bandit, again, build_parts
-from unified_rl.checkpoint import CheckpointError
 from unified_rl.engine.local import LocalEngine
 from unified_rl.errors import RecipeError
-from unified_rl.recipe import Optimizer
-from unified_rl.recipe_snapshot import Ema, Snapshot
+from unified_rl.recipe.schema import Optimizer
+from unified_rl.recipe.snapshot import Ema, Snapshot
+from unified_rl.run_folder.checkpoint import CheckpointError
 from unified_rl.snapshots import Snapshots, decay_at
 from unified_rl.train import Position, StopSignal, run_loop, start
 

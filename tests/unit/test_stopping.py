@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from tests.unit.toys import Bandit, build_parts
-from unified_rl.checkpoint import list_checkpoints
+from unified_rl.run_folder.checkpoint import list_checkpoints
 from unified_rl.stopping import Abandoned, StopSignal
 from unified_rl.train import DivergedError, Position, check_finite, run_loop
 

@@ -11,11 +11,11 @@ from test_objective_wiring import BEGIN, first_gradient, rows_of
 from toys import Bandit, Walker, build_parts
 
 from unified_rl.errors import RecipeError
-from unified_rl.explain import listing
 from unified_rl.metrics import StepMetrics
 from unified_rl.objectives.thresholds import mean_bounds, mean_divergence
-from unified_rl.presets import PRESETS, SAMPLING_PRESETS
-from unified_rl.recipe_file import parse_recipe
+from unified_rl.recipe.explain import listing
+from unified_rl.recipe.file import parse_recipe
+from unified_rl.recipe.presets import PRESETS, SAMPLING_PRESETS
 from unified_rl.train import StopSignal, collect, plan_updates, run_loop
 from unified_rl.update import window_loss
 

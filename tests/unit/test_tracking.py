@@ -13,7 +13,7 @@ from PIL import Image
 
 from unified_rl.errors import RecipeError
 from unified_rl.plain_text import clean, prompt_text, redact
-from unified_rl.tracking import (
+from unified_rl.run_folder.tracking import (
     NullRun,
     RunFolder,
     check_writable,
@@ -59,7 +59,8 @@ def test_second_run_in_a_folder_is_refused_until_the_first_closes(tmp_path):
 
 
 def test_lock_of_a_killed_process_is_taken_over(tmp_path):
-    code = "import sys,time,pathlib; from unified_rl.tracking import RunFolder; r=RunFolder(pathlib.Path(sys.argv[1]));"
+    code = "import sys,time,pathlib; from unified_rl.run_folder.tracking import RunFolder;"
+    code += "r=RunFolder(pathlib.Path(sys.argv[1]));"
     holder = subprocess.Popen([sys.executable, "-c", code + "print('locked', flush=True); time.sleep(60)", tmp_path],
                               stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline() == "locked\n"

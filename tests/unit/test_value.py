@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from unified_rl.objectives.value import gae, gae_over_turns, value_loss
-from unified_rl.recipe_critic import Critic
-from unified_rl.recipe_objective import Objective
+from unified_rl.recipe.critic import Critic
+from unified_rl.recipe.objective import Objective
 from unified_rl.types import Segment
 from unified_rl.valuation import valued_advantages
 

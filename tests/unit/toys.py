@@ -15,11 +15,11 @@ from unified_rl.engine.local import LocalEngine
 from unified_rl.health import Health
 from unified_rl.memory import Memory
 from unified_rl.policies.critic import add_critics
-from unified_rl.recipe import Recipe
-from unified_rl.recipe_file import parse_recipe
-from unified_rl.rewards import reward_of
+from unified_rl.recipe.file import parse_recipe
+from unified_rl.recipe.schema import Recipe
+from unified_rl.rewards.scoring import reward_of
+from unified_rl.run_folder.tracking import QuietConsole, RunFolder
 from unified_rl.snapshots import Snapshots
-from unified_rl.tracking import QuietConsole, RunFolder
 from unified_rl.transitions import gaussian
 from unified_rl.types import Completion, Prompt, Segment, StepStates, StepStats, Trajectory
 

@@ -17,7 +17,7 @@ from typing import Any
 from unified_rl.data.prompts import PromptSampler
 from unified_rl.data.sources import ImageCell, image_cells
 from unified_rl.errors import RecipeError
-from unified_rl.recipe import Recipe
+from unified_rl.recipe.schema import Recipe
 from unified_rl.types import Prompt
 
 OWN = {"text", "image", "images", "reward", "rewards", "token_ids", "log_probs", "seed", "condition_images"}

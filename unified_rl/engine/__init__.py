@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from unified_rl.protocols import Engine
-    from unified_rl.recipe import Recipe
+    from unified_rl.recipe.schema import Recipe
 
 
 def build_engine(module: "nn.Module", recipe: "Recipe", *, num_steps: int) -> "Engine":

@@ -34,7 +34,7 @@ from unified_rl.engine.state import (
     write_plain_state,
     write_state,
 )
-from unified_rl.recipe import EngineBlock, Optimizer
+from unified_rl.recipe.schema import EngineBlock, Optimizer
 
 # Said instead of detected, because detecting it on CPU prints a warning.
 os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_rl.errors import RecipeError
-from unified_rl.recipe import EngineBlock
+from unified_rl.recipe.schema import EngineBlock
 
 OWNED = {
     "train_batch_size": "prompts_per_step and group_size",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unified_rl.engine import distributed
 from unified_rl.engine.optimizer import build_optimizer, clipped_step, lr_at, trained_parameters
 from unified_rl.engine.state import load_plain_state, shapes_of, state_bytes, write_plain_state
-from unified_rl.recipe import Optimizer
+from unified_rl.recipe.schema import Optimizer
 
 
 class LocalEngine:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unified_rl.errors import RecipeError
-from unified_rl.recipe import Optimizer
+from unified_rl.recipe.schema import Optimizer
 
 
 def trained_parameters(module: nn.Module, *, low_precision: bool = False) -> dict[str, nn.Parameter]:

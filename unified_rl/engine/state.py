@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unified_rl.checkpoint import CheckpointError
 from unified_rl.engine import distributed
+from unified_rl.run_folder.checkpoint import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PART_BYTES = 2 * 2**30

@@ -13,13 +13,13 @@ from unified_rl.assemble import Parts
 from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
 from unified_rl.imports import load_import
-from unified_rl.method_rules import METHOD_KINDS
 from unified_rl.objectives import aggregate
 from unified_rl.objectives.forward_process import ForwardTerms
 from unified_rl.objectives.preference import ScoreTerms
 from unified_rl.prepare import Prepared, trained_rows
 from unified_rl.protocols import DenoisingPolicy, Policy
-from unified_rl.recipe import Recipe
+from unified_rl.recipe.method_rules import METHOD_KINDS
+from unified_rl.recipe.schema import Recipe
 from unified_rl.types import Prompt, Rows
 
 

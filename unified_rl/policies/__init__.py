@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     import torch
 
     from unified_rl.protocols import Policy
-    from unified_rl.recipe import Recipe
-    from unified_rl.recipe_policy import PolicyBlock
+    from unified_rl.recipe.policy import PolicyBlock
+    from unified_rl.recipe.schema import Recipe
 
 
 def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
@@ -19,7 +19,7 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
         UnsupportedPipelineError: if a pipeline cannot be replayed exactly.
     """
     from unified_rl.errors import RecipeError
-    from unified_rl.recipe_policy import PIPELINES, SAMPLING, exam_sampling
+    from unified_rl.recipe.policy import PIPELINES, SAMPLING, exam_sampling
 
     _quiet_libraries()
     block = recipe.policy

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from unified_rl.recipe_policy import TokenSampling
+from unified_rl.recipe.policy import TokenSampling
 from unified_rl.transitions import categorical
 
 CHUNK_ELEMENTS = 1 << 24

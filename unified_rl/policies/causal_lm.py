@@ -41,7 +41,7 @@ from unified_rl.policies.sharded import is_sharded
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.teacher_forcing import can_share, plain_logits, shared_logits
 from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds, recorded_tokens
-from unified_rl.recipe_policy import PolicyBlock, TextSampling
+from unified_rl.recipe.policy import PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
 SEGMENT = "text"

@@ -13,7 +13,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from unified_rl.errors import RecipeError, nearest
-from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
+from unified_rl.recipe.policy import DiffusionSampling, PolicyBlock
 
 ALWAYS = re.compile(
     r"^(images?|.*_image|(.*_)?video|negative_prompt(_\d)?|prompt_\d|height|width|num_frames|strength)$"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from unified_rl.errors import RecipeError
 from unified_rl.protocols import Policy, WatchedPolicy
-from unified_rl.recipe import Recipe
-from unified_rl.recipe_critic import Critic
+from unified_rl.recipe.critic import Critic
+from unified_rl.recipe.schema import Recipe
 from unified_rl.types import Prompt, Segment, StepStates, StepStats, Trajectory
 
 CRITIC_FILE = "critic.safetensors"

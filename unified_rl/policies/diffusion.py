@@ -39,7 +39,7 @@ from unified_rl.policies.scheduler_head import (
     stochastic_scheduler,
     stored_states,
 )
-from unified_rl.recipe_policy import DiffusionSampling, PolicyBlock
+from unified_rl.recipe.policy import DiffusionSampling, PolicyBlock
 from unified_rl.types import Completion, Denoised, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
 SEGMENT = "image"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from unified_rl.errors import RecipeError, nearest
-from unified_rl.recipe_policy import ImageTokenSampling
+from unified_rl.recipe.policy import ImageTokenSampling
 
 DRAWN = -1
 """In a layout: a token that is drawn, in contrast to one that always stands there."""

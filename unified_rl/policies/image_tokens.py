@@ -20,7 +20,7 @@ from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.policies.guided_tokens import Drawing, Row
 from unified_rl.policies.image_families import DRAWN, family_of
 from unified_rl.policies.lora import select_trained
-from unified_rl.recipe_policy import ImageTokenSampling, PolicyBlock, TextSampling
+from unified_rl.recipe.policy import ImageTokenSampling, PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
 
 TEXT, IMAGE = "text", "image"

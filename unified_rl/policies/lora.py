@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from unified_rl.errors import RecipeError
-from unified_rl.recipe_policy import Adapter
+from unified_rl.recipe.policy import Adapter
 
 _ATTENTION = re.compile(
     r"(?:^|[._])(?:to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"

@@ -21,7 +21,7 @@ from unified_rl.policies.memo import Memo
 from unified_rl.policies.pipeline_call import rows_of
 from unified_rl.policies.scheduler_head import LoopLeft, UnsupportedPipelineError
 from unified_rl.policies.unmask_head import UnmaskHead, UnmaskReplay, UnmaskSample, recorded_scheduler
-from unified_rl.recipe_policy import MaskedDiffusionSampling
+from unified_rl.recipe.policy import MaskedDiffusionSampling
 from unified_rl.transitions import unmask
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
 

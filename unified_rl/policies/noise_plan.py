@@ -12,7 +12,7 @@ import hashlib
 import math
 import random
 
-from unified_rl.recipe_policy import DiffusionSampling, NoiseShift
+from unified_rl.recipe.policy import DiffusionSampling, NoiseShift
 
 
 def noisy_steps(sampling: DiffusionSampling, *, seed: int, rollout: int) -> list[int] | None:

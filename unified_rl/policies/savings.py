@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unified_rl.errors import RecipeError
-from unified_rl.recipe_policy import PolicyBlock
+from unified_rl.recipe.policy import PolicyBlock
 
 COMPILERS = ("c++", "g++", "clang++")
 

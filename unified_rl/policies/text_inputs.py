@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from unified_rl.errors import RecipeError
-from unified_rl.recipe_policy import TokenSampling
+from unified_rl.recipe.policy import TokenSampling
 from unified_rl.types import Prompt, Recorded
 
 MAX_PICTURE_SIDE = 16_384

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.contract.pipelines.build import Case, build, call_settings, picture
 from unified_rl.policies.diffusion import DiffusionPolicy
-from unified_rl.recipe_policy import Adapter, DiffusionSampling, PolicyBlock
+from unified_rl.recipe.policy import Adapter, DiffusionSampling, PolicyBlock
 from unified_rl.types import Prompt, Segment
 
 TEXTS = ("a red circle", "two blue square on the left")

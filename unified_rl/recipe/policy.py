@@ -1,0 +1,226 @@
+"""The recipe's `policy` block: the model, what of it is trained, and how it samples."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from unified_rl.recipe.block import Block
+
+
+class Adapter(Block):
+    """Which weights are trained."""
+
+    kind: Literal["none", "lora"] = "none"
+    """none: full fine-tuning; lora: peft adapters, the base weights frozen."""
+    rank: int = Field(default=32, ge=1)
+    alpha: float = Field(default=64.0, gt=0)
+    targets: list[str] | Literal["auto"] = "auto"
+    """Names of the linear layers that get adapters; auto: the attention projections."""
+
+
+class NoiseShift(Block):
+    """How the sliding window of stochastic steps moves over the training."""
+
+    schedule: Literal["progressive", "random", "decaying"] = "progressive"
+    """progressive: by stride, from the last place back to the first. random: to any place. decaying: progressive, with
+    ever shorter stays: every x exp(-rate x max(0, start - threshold)) rollouts, rounded up."""
+    every: int = Field(default=25, ge=1)
+    """Rollouts between two moves."""
+    stride: int = Field(default=1, ge=1)
+    rate: float = Field(default=0.1, gt=0)
+    threshold: int = Field(default=13, ge=0)
+
+
+class DiffusionSampling(Block):
+    """The behaviour policy of a diffusers pipeline."""
+
+    num_inference_steps: int = Field(default=10, ge=1)
+    kernel: Literal["auto", "flow_sde", "dance_sde", "cps", "ddim", "ancestral", "renoise"] = "auto"
+    """The transition kernel; auto: from the pipeline's scheduler (flow_sde, ddim, ancestral for noise that is added to
+    the sample as in EDM, renoise for consistency models)."""
+    noise_level: float = Field(default=0.7, ge=0)
+    """Noise of the kernel: Flow-GRPO's eta for flow_sde, the diffusion coefficient of dance_sde, the share of a quarter
+    turn for cps (at most 1), DDIM's eta for ddim, the share of the ancestral noise (ancestral) or of the fresh noise
+    (renoise; 1: as those samplers have it). 0: deterministic, nothing to train on."""
+    noise_steps: int | None = Field(default=None, ge=1)
+    """How many steps are stochastic and trained; the others follow the ODE, and are neither stored nor trained. None:
+    all (of noise_range)."""
+    noise_place: Literal["first", "random", "window", "branch"] = "first"
+    """Which steps of noise_range those are. first: the first ones, which lay out the picture. random: a subset, drawn
+    anew for each rollout. window: consecutive ones that move as noise_shift says (MixGRPO). branch: consecutive ones
+    from a step drawn anew for each rollout, up to which a group is one trajectory (Flow-GRPO-Fast)."""
+    noise_range: tuple[int, int] | None = None
+    """The steps that may be stochastic: from, up to but without. None: all."""
+    noise_shift: NoiseShift = NoiseShift()
+    initial_noise: Literal["own", "group"] = "own"
+    """group: the trajectories of a group start from the same noise (DanceGRPO)."""
+    state_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Rollouts round their states to this before they are scored, and store them so: half the memory, and replay stays
+    exact. None: the latents' own."""
+    call: dict[str, Any] = {}
+    """Further arguments of the pipeline's call, for instance guidance_scale, height, width."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DiffusionSampling":
+        first, stop = self.noise_range or (0, self.num_inference_steps)
+        if not 0 <= first < stop <= self.num_inference_steps:
+            raise ValueError(
+                f"noise_range: [{first}, {stop}] is no range of the {self.num_inference_steps} steps; "
+                f"use for instance [0, {self.num_inference_steps // 2 or 1}]"
+            )
+        if self.noise_place != "first" and (self.noise_steps is None or self.noise_steps > stop - first):
+            raise ValueError(
+                f"noise_steps: noise_place {self.noise_place} needs the number of steps, at most {stop - first}"
+            )
+        return self
+
+    @property
+    def num_noisy(self) -> int:
+        """Stochastic steps of a trajectory, at most."""
+        first, stop = self.noise_range or (0, self.num_inference_steps)
+        return min(self.noise_steps or stop - first, stop - first)
+
+
+class TokenSampling(Block):
+    """What every policy that draws tokens shares: the logits processors, in this order."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    chat_template: bool = True
+    """Render prompts with the processor's chat template."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longer prompts are refused (never cut: a cut inside an image breaks the model)."""
+
+
+class TextSampling(TokenSampling):
+    """The behaviour policy of a transformers generator."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+
+
+class Think(TextSampling):
+    """The text that an image-token policy writes before it draws: its own segment, `text`."""
+
+    instruction: str = "{prompt}"
+    """What the model is asked for its text."""
+    draw: str = "{prompt}. {text}"
+    """What it is then asked to draw."""
+
+
+class ImageTokenSampling(TokenSampling):
+    """The behaviour policy of a transformers model that draws with tokens (Janus, Emu3)."""
+
+    guidance_scale: float = Field(default=5.0, ge=1)
+    """Weight of the prompt against the unconditional row; tokens are drawn from, and scored under, the guided
+    distribution. 1: no guidance, half the work."""
+    negative_prompt: str | None = None
+    """What the model is guided away from; None: the family's own empty prompt."""
+    think: Think | None = None
+    """Write a text first, and draw from the prompt and the text; None: draw at once."""
+    processor: dict[str, Any] = {}
+    """Further arguments of the model's processor, for instance ratio and image_area (Emu3)."""
+
+
+class MaskedDiffusionSampling(Block):
+    """The behaviour policy of a masked-diffusion pipeline (aMUSEd), and how its likelihood is evaluated."""
+
+    num_inference_steps: int = Field(default=12, ge=1)
+    estimator: Literal["trajectory", "random_mask", "coupled_mask"] = "trajectory"
+    """What is scored. trajectory: the tokens that each step of the sampler commits, in their own context (exact).
+    random_mask: the finished picture's tokens under num_masks random masks (UniGRPO). coupled_mask: under num_masks
+    pairs of complementary masks, so that every token is scored."""
+    num_masks: int = Field(default=2, ge=1)
+    mask_ratio: tuple[float, float] = (0.1, 0.9)
+    """Range that the masked share of the estimators is drawn from."""
+    call: dict[str, Any] = {}
+    """Further arguments of the pipeline's call, for instance guidance_scale, temperature."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MaskedDiffusionSampling":
+        low, high = self.mask_ratio
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"mask_ratio: [{low:g}, {high:g}] is no range of shares; try [0.1, 0.9]")
+        if self.estimator != "trajectory" and self.num_scored >= self.num_inference_steps:
+            raise ValueError(
+                f"num_masks: {self.estimator} replays {self.num_scored} states in the sampler's loop, which has only"
+                f" {self.num_inference_steps} steps (num_inference_steps); it needs one more than states"
+            )
+        return self
+
+    @property
+    def num_scored(self) -> int:
+        """Steps of a trajectory that are scored."""
+        return {
+            "trajectory": self.num_inference_steps,
+            "random_mask": self.num_masks,
+            "coupled_mask": 2 * self.num_masks,
+        }[self.estimator]
+
+
+def exam_sampling(sampling: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The sampling settings of evaluation: those of the policy with `changes`, call arguments one by one."""
+    merged = {**sampling, **changes}
+    if isinstance(changes.get("call"), dict) and isinstance(sampling.get("call"), dict):
+        merged["call"] = {**sampling["call"], **changes["call"]}
+    return merged
+
+
+SAMPLING: dict[str, type[Block]] = {
+    "diffusion": DiffusionSampling,
+    "causal_lm": TextSampling,
+    "image_tokens": ImageTokenSampling,
+    "masked_diffusion": MaskedDiffusionSampling,
+}
+PIPELINES = ("diffusion", "masked_diffusion")
+"""Families that are diffusers pipelines, with a folder a component; the others are transformers models."""
+MASKED_PIPELINES = ("AmusedPipeline",)
+"""`_class_name` in model_index.json of the pipelines that fill in tokens."""
+IMAGE_TOKEN_MODELS = ("janus", "emu3")
+"""`model_type` of the transformers models that draw; to train one of them to answer, say family: causal_lm."""
+
+
+class Savings(Block):
+    """Less memory for the same numbers; docs/memory.md says what each one saves and costs."""
+
+    gradient_checkpointing: bool = False
+    """Keep only each block's inputs for the backward pass and compute its activations again there."""
+    text_encoders: Literal["keep", "offload", "drop"] = "keep"
+    """A pipeline's, whose encodings are remembered. offload: on the CPU except while they encode. drop: all prompts of
+    `data` are encoded before the run, then their weights are freed."""
+    vae_slicing: bool = False
+    """The VAE takes one picture at a time."""
+    vae_tiling: bool = False
+    """The VAE takes one tile of a large picture at a time; tiles are blended, so pictures differ a little."""
+    decode_batch: int | None = Field(default=None, ge=1)
+    """Samples that are decoded at once; None: all of a rollout batch."""
+
+
+class PolicyBlock(Block):
+    """The model to train."""
+
+    model: str
+    """A folder written by `save_pretrained`, or a hub name."""
+    revision: str | None = None
+    """Revision of a hub name; pin it."""
+    family: Literal["diffusion", "causal_lm", "image_tokens", "masked_diffusion"]
+    """Found from the model if left out."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: str | None = None
+    """Attention implementation by the library's own name (transformers: eager, sdpa, flash_attention_2...; diffusers:
+    native, _native_math, flash...). None: the library's choice."""
+    compile: bool = False
+    """Compile the repeated blocks of a pipeline's denoiser (torch.compile, where diffusers offers it)."""
+    memory: Savings = Savings()
+    adapter: Adapter = Adapter()
+    train: list[str] | None = None
+    """Regular expressions on parameter names: only matching parameters are trained. None: the family's default."""
+    sampling: DiffusionSampling | TextSampling | ImageTokenSampling | MaskedDiffusionSampling
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """Names of the segments of this policy's trajectories, in the order in which they are sampled."""
+        if isinstance(self.sampling, ImageTokenSampling):
+            return ("image",) if self.sampling.think is None else ("text", "image")
+        return ("image",) if self.family in PIPELINES else ("text",)

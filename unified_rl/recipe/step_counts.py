@@ -1,0 +1,56 @@
+"""How many steps a trajectory has, as far as it is known before a model is loaded; must not import torch."""
+
+import json
+from pathlib import Path
+
+from unified_rl.recipe.policy import (
+    DiffusionSampling,
+    ImageTokenSampling,
+    MaskedDiffusionSampling,
+    PolicyBlock,
+    TextSampling,
+)
+from unified_rl.recipe.schema import Recipe
+
+
+def trained_steps(recipe: Recipe) -> int | None:
+    """Most steps of one trajectory, over its trained segments, that an update trains; None: the model will tell."""
+    counts = [_of_segment(recipe, name) for name in trained_segments(recipe)]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def trained_segments(recipe: Recipe) -> list[str]:
+    """The segments that the recipe has an objective for."""
+    return [name for name in recipe.policy.segments if recipe.trains(name)]
+
+
+def _of_segment(recipe: Recipe, name: str) -> int | None:
+    sampling = recipe.policy.sampling
+    limit = recipe.objective_for(name).train_steps
+    most: int | None
+    if isinstance(sampling, DiffusionSampling):
+        by_steps = "steps" in recipe.objective_for(name).kinds
+        most = sampling.num_noisy if by_steps else sampling.num_inference_steps
+    elif isinstance(sampling, MaskedDiffusionSampling):
+        most = sampling.num_scored
+    elif isinstance(sampling, TextSampling):
+        most = sampling.max_new_tokens
+    elif name == "text":
+        most = sampling.think.max_new_tokens if sampling.think is not None else 0
+    else:
+        most = num_image_tokens(recipe.policy, sampling)
+    return most if most is None or limit is None else min(limit, most)
+
+
+def num_image_tokens(policy: PolicyBlock, sampling: ImageTokenSampling) -> int | None:
+    """Tokens of one picture, from the files of a model: a fixed number for Janus, from the asked area for Emu3."""
+    folder = Path(policy.model)
+    if not (folder / "config.json").is_file():
+        return None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") == "janus":
+        return config["vision_config"].get("num_image_tokens", 576)
+    width, height = (int(side) for side in sampling.processor.get("ratio", "1:1").split(":"))
+    scale = (sampling.processor.get("image_area", 518400) / (width * height)) ** 0.5 / 8  # pixels of a token's side
+    return round(height * scale) * round(width * scale)

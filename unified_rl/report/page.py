@@ -1,0 +1,340 @@
+"""A run as one static page: what got better, by how much, and what it looks like; no script, nothing from elsewhere.
+
+Everything that a run, its prompts or its model wrote is untrusted: text is escaped, pictures are decoded and encoded
+again, and the page forbids scripts and requests even if something slipped through.
+"""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from unified_rl.errors import RecipeError
+from unified_rl.plain_text import clean, redact
+from unified_rl.report.charts import NUM_COLOURS, Point, Series, line_chart
+from unified_rl.report.style import STYLE
+from unified_rl.run_folder.tracking import read_jsonl, sample_folders
+
+Row = Mapping[str, Any]
+
+NUM_PAIRS = 12
+NUM_EXTREMES = 4
+NUM_EVENTS = 200
+MAX_FRAMES = 4
+MAX_SIDE = 384
+"""Larger pictures are scaled down, to keep the page small."""
+PIXEL_SIDE = 128
+"""Pictures up to this size are scaled up without smoothing."""
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+TRAINING_CHARTS = (
+    ("Reward", ("reward",), "Mean of the rollout; the band is one standard deviation over samples."),
+    ("Loss", ("loss",), "Near zero and noisy by design: it is not what should fall."),
+    ("KL from the reference", ("kl",), "How far the policy has moved."),
+    ("Entropy", ("entropy",), "A fall to zero means that samples stop differing."),
+    ("Clipped ratios", ("clip_fraction/low", "clip_fraction/high"), "Share of steps outside the trust region."),
+    ("Mean ratio", ("ratio/mean",), "Should stay near 1."),
+    (
+        "Replay gap",
+        ("replay_gap",),
+        "Largest |log-prob - rollout log-prob| before the first update; should be about 0.",
+    ),
+    ("Gradient norm", ("grad_norm",), "Before clipping."),
+    ("Groups without signal", ("frac_reward_zero_std",), "Share of prompts whose samples all got the same reward."),
+    ("Seconds", ("time/rollout", "time/reward", "time/update"), "A rollout serves all of its updates."),
+    ("Learning rate", ("lr",), ""),
+    ("Samples a second", ("samples_per_second",), ""),
+    ("Peak memory, MiB", ("memory/peak_mib",), ""),
+)
+"""(title, keys of metrics.jsonl, what it tells)."""
+ONCE_A_ROLLOUT = ("replay_gap", "time/rollout", "time/reward", "samples_per_second")
+"""Keys that only the first update of a rollout measures."""
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html from what the run has written so far, and return its path.
+
+    Raises:
+        RecipeError: if `run` is not a run's folder.
+    """
+    if not run.is_dir():
+        raise RecipeError(f"{run}: no such folder")
+    if not any((run / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "eval.jsonl")):
+        raise RecipeError(f"{run}: not a run's folder (it has no recipe.yaml, metrics.jsonl or eval.jsonl)")
+    metrics, evaluations = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "eval.jsonl")
+    samples = [(step, folder, read_jsonl(folder / "samples.jsonl")) for step, folder in sample_folders(run)]
+    samples = [(step, folder, rows) for step, folder, rows in samples if rows]
+    recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8") if (run / "recipe.yaml").is_file() else ""
+    recipe = yaml.safe_load(recipe_text) or {}
+    name = run.resolve().name
+    body = [
+        _headline(name, recipe.get("num_steps"), metrics, evaluations),
+        _section("Held-out prompts", _evaluation_charts(evaluations)),
+        _section("Training", _training_charts(metrics)),
+        _section("Before and after", _gallery(samples)),
+        _section("Best and worst", _extremes(samples, [reward["weight"] for reward in recipe.get("rewards", [])])),
+        _section("Events", _events(read_jsonl(run / "events.jsonl"))),
+        _section("Recipe", f"<pre>{_text(redact(recipe_text))}</pre>" if recipe_text else _note("No recipe.yaml.")),
+    ]
+    page = run / "report.html"
+    page.write_text(_page(name, "\n".join(body)), encoding="utf-8")
+    return page
+
+
+def _page(title: str, body: str) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)} - unified_rl</title><style>{STYLE}</style></head>\n"
+        f"<body><main>\n{body}\n</main></body></html>\n"
+    )
+
+
+def _text(value: object) -> str:
+    return html.escape(clean(str(value)), quote=True)
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>\n{body}\n</section>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{text}</p>'
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def _reward_keys(rows: Iterable[Row]) -> list[str]:
+    """`reward` and every `rewards/<name>/mean`, in the order in which they appear."""
+    keys = {key: None for row in rows for key in row if key == "reward" or _is_reward_mean(key)}
+    return list(keys)
+
+
+def _is_reward_mean(key: str) -> bool:
+    return key.startswith("rewards/") and key.endswith("/mean")
+
+
+def _reward_label(key: str) -> str:
+    return "reward (trained sum)" if key == "reward" else key.removeprefix("rewards/").removesuffix("/mean")
+
+
+def _headline(name: str, planned: int | None, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str:
+    steps = max((row["step"] for row in metrics), default=0)
+    told = f"{steps} of {planned} optimiser steps" if planned else f"{steps} optimiser steps"
+    if metrics and metrics[-1].get("samples_seen") is not None:
+        told += f", {metrics[-1]['samples_seen']:,.0f} samples"
+    hours = sum(row.get("time/total") or 0.0 for row in metrics) / 3600
+    told += f", {hours:.1f} h" if hours >= 1 else f", {hours * 60:.1f} min"
+    tiles = "".join(_tile(key, evaluations) for key in _reward_keys(evaluations))
+    shown = f'<div class="tiles">{tiles}</div>' if tiles else ""
+    return f'<header><h1>{_text(name)}</h1><div class="soft">{_text(told)}</div>{shown}</header>'
+
+
+def _tile(key: str, evaluations: Sequence[Row]) -> str:
+    """Held-out numbers of one reward: the base model's, the newest, and their difference."""
+    known = [(row["step"], row[key]) for row in evaluations if row.get(key) is not None]
+    if not known:
+        return ""
+    label = f'<div class="soft">{_text(_reward_label(key))}, held out</div>'
+    (first_step, first), (last_step, last) = known[0], known[-1]
+    if len(known) == 1:
+        return (
+            f'<div class="tile">{label}<div class="value">{_number(first)}</div>'
+            f'<div class="soft">step {first_step}; no later evaluation yet</div></div>'
+        )
+    best_step, best = max(known, key=lambda pair: pair[1])
+    delta = last - first
+    tone = "good" if delta > 0 else "bad" if delta < 0 else "soft"
+    origin = "base" if first_step == 0 else f"step {first_step}"
+    return (
+        f'<div class="tile">{label}<div class="value"><span class="was">{_number(first)} &rarr;</span> {_number(last)}'
+        f'</div><div><span class="{tone}">{delta:+.3f}</span> <span class="soft">{origin} to step {last_step}; best'
+        f" {_number(best)} at step {best_step}</span></div></div>"
+    )
+
+
+def _points(rows: Sequence[Row], key: str) -> list[Point]:
+    points = [(row["step"], row.get(key)) for row in rows]
+    if key not in ONCE_A_ROLLOUT:
+        return points
+    # 0 seconds, or nothing, is written for a rollout's later updates: the line connects the measured ones
+    return [(step, value) for step, value in points if value is not None and (value or key == "replay_gap")]
+
+
+def _evaluation_charts(evaluations: Sequence[Row]) -> str:
+    keys = [key for key in _reward_keys(evaluations) if any(row.get(key) is not None for row in evaluations)]
+    if not keys:
+        return _note("No evaluation yet: set data.evaluation in the recipe, or wait for the first one.")
+    number = evaluations[-1].get("num_samples")
+    what = f"the same {number:.0f} prompts and seeds" if number is not None else "the same prompts and seeds"
+    charts = [
+        _figure(_reward_label(key), [Series(label=key, points=_points(evaluations, key), markers=True)], "")
+        for key in keys
+    ]
+    return _note(f"Every point: {what}; step 0 is the base model.") + f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _training_charts(metrics: Sequence[Row]) -> str:
+    if not metrics:
+        return _note("No optimiser step yet.")
+    charts, flat = [], []
+    for title, keys, caption in TRAINING_CHARTS:
+        values = {row[key] for key in keys for row in metrics if row.get(key) is not None}
+        if values <= {0}:
+            flat += [title] if values else []
+            continue
+        series = [Series(label=key, points=_points(metrics, key), band=_band(metrics, key)) for key in keys]
+        charts.append(_figure(title, series, caption))
+        if title == "Reward":
+            charts += _reward_charts(metrics)
+    note = _note(f"Always zero in this run: {_text(', '.join(flat))}.") if flat else ""
+    return f'<div class="charts">{"".join(charts)}</div>{note}'
+
+
+def _reward_charts(metrics: Sequence[Row]) -> list[str]:
+    keys = [key for key in _reward_keys(metrics) if key != "reward"]
+    if len(keys) < 2:
+        return []
+    groups = [keys[start : start + NUM_COLOURS] for start in range(0, len(keys), NUM_COLOURS)]
+    return [
+        _figure("Each reward", [Series(label=_reward_label(key), points=_points(metrics, key)) for key in group], "")
+        for group in groups
+        if any(row.get(key) is not None for row in metrics for key in group)
+    ]
+
+
+def _band(metrics: Sequence[Row], key: str) -> Sequence[float | None]:
+    return [row.get("reward_std") for row in metrics] if key == "reward" else ()
+
+
+def _figure(title: str, series: Sequence[Series], caption: str) -> str:
+    keys = "".join(
+        f'<span><svg viewBox="0 0 16 8"><path class="key s{index}" d="M0 4H16"/></svg>{_text(one.label)}</span>'
+        for index, one in enumerate(series)
+    )
+    legend = f'<div class="legend">{keys}</div>' if len(series) > 1 else ""
+    told = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
+    return f"<figure><h3>{_text(title)}</h3>{legend}{line_chart(series)}{told}</figure>"
+
+
+Samples = Sequence[tuple[int, Path, Sequence[Row]]]
+
+
+def _gallery(samples: Samples) -> str:
+    """The same prompts and seeds at the first and at the last saved step."""
+    if not samples:
+        return _note("No samples were saved yet.")
+    if len(samples) == 1:
+        step, folder, rows = samples[0]
+        return _note(f"Only samples of step {step} so far.") + _single_cards(folder, rows[:NUM_PAIRS])
+    (first_step, first_folder, first), (last_step, last_folder, last) = samples[0], samples[-1]
+    after = {(row["prompt"], row["seed"]): row for row in last}
+    pairs = [(row, after[row["prompt"], row["seed"]]) for row in first if (row["prompt"], row["seed"]) in after]
+    if not pairs:
+        return _note(f"The samples of steps {first_step} and {last_step} have no prompt and seed in common.")
+    note = _note(
+        f"The same prompts and seeds at step {first_step}{' (base)' if not first_step else ''} and {last_step}."
+    )
+    shown = pairs[:NUM_PAIRS]
+    if not any(row["images"] for pair in shown for row in pair):
+        cells = [_text_row([first_folder, last_folder], pair) for pair in shown]
+        return note + _table(["prompt", "given", f"step {first_step}", f"step {last_step}"], cells)
+    cards = [
+        f'<div class="card"><div class="prompt">{_text(before["prompt"])}</div>'
+        f"{_pictures(first_folder, before, 'condition_images')}"
+        f'<div class="pair">{_side(first_folder, before, f"step {first_step}")}'
+        f"{_side(last_folder, trained, f'step {last_step}')}</div></div>"
+        for before, trained in shown
+    ]
+    return f'{note}<div class="cards">{"".join(cards)}</div>'
+
+
+def _extremes(samples: Samples, weights: Sequence[float]) -> str:
+    """The samples of the last saved step with the highest and lowest weighted sum of rewards."""
+    if not samples:
+        return _note("No samples were saved yet.")
+    step, folder, rows = samples[-1]
+    ranked = sorted(rows, key=lambda row: _total(row, weights), reverse=True)
+    count = min(NUM_EXTREMES, math.ceil(len(ranked) / 2))
+    best, worst = ranked[:count], ranked[max(count, len(ranked) - NUM_EXTREMES) :]
+    shown = f"<h3>Best of step {step}</h3>{_single_cards(folder, best)}"
+    return shown + (f"<h3>Worst of step {step}</h3>{_single_cards(folder, worst[::-1])}" if worst else "")
+
+
+def _total(row: Row, weights: Sequence[float]) -> float:
+    """The rewards of a sample come in the recipe's order; without a recipe all count the same."""
+    weighted = zip(row["rewards"].values(), weights or [1.0] * len(row["rewards"]), strict=True)
+    return sum(value * weight for value, weight in weighted if value is not None)
+
+
+def _single_cards(folder: Path, rows: Sequence[Row]) -> str:
+    if not any(row["images"] for row in rows):
+        return _table(["prompt", "given", "completion"], [_text_row([folder], (row,)) for row in rows])
+    cards = [
+        f'<div class="card"><div class="prompt">{_text(row["prompt"])}</div>{_side(folder, row, "")}</div>'
+        for row in rows
+    ]
+    return f'<div class="cards single">{"".join(cards)}</div>'
+
+
+def _side(folder: Path, row: Row, title: str) -> str:
+    head = f'<div class="soft">{title}</div>' if title else ""
+    text = f'<div class="text">{_text(row["text"])}</div>' if row["text"] else ""
+    return f"<div>{head}{_pictures(folder, row, 'images')}{text}{_rewards(row)}</div>"
+
+
+def _text_row(folders: Sequence[Path], rows: Sequence[Row]) -> str:
+    cells = [f'<td class="text">{_text(rows[0]["prompt"])}</td>']
+    cells.append(f"<td>{_pictures(folders[0], rows[0], 'condition_images')}</td>")
+    cells += [f'<td class="text">{_text(row["text"] or "")}{_rewards(row)}</td>' for row in rows]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _table(titles: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f"<th>{_text(title)}</th>" for title in titles)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _rewards(row: Row) -> str:
+    items = "".join(f"<li>{_text(name)} <b>{_number(value)}</b></li>" for name, value in row["rewards"].items())
+    return f'<ul class="rewards">{items}</ul>'
+
+
+def _pictures(folder: Path, row: Row, key: str) -> str:
+    names = row[key][:MAX_FRAMES]
+    several = " several" if len(row[key]) > 1 else ""
+    return f'<div class="pictures{several}">{"".join(_picture(folder, name) for name in names)}</div>' if names else ""
+
+
+def _picture(folder: Path, name: str) -> str:
+    """One picture as a data: URI. Of its path only the name counts: samples.jsonl may not point out of its folder."""
+    try:
+        with Image.open(folder / Path(name).name, formats=("PNG",)) as image:
+            kind = ' class="pixel"' if max(image.size) <= PIXEL_SIDE else ""
+            image.thumbnail((MAX_SIDE, MAX_SIDE))
+            stream = io.BytesIO()
+            image.save(stream, "PNG")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return f'<span class="soft">{_text(Path(name).name)} cannot be read</span>'
+    return f'<img{kind} alt="" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+
+
+def _events(events: Sequence[Row]) -> str:
+    if not events:
+        return _note("None.")
+    rows = [
+        f'<tr class="{_text(event["level"])}"><td class="soft">{_text(event["time"])}</td>'
+        f'<td class="level">{_text(event["level"])}</td><td class="text">{_text(redact(event["message"]))}</td></tr>'
+        for event in events[-NUM_EVENTS:]
+    ]
+    left_out = _note(f"The newest {NUM_EVENTS} of {len(events)}.") if len(events) > NUM_EVENTS else ""
+    return left_out + _table(["time", "level", "message"], rows)
