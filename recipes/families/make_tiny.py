@@ -4,8 +4,10 @@
 
 Families: `flux` (joint attention over text and picture, packed latents), `sana` (linear attention, cross-attention to
 the text) and `sd15` (a UNet in the DDPM family). A small autoencoder is trained first; then the denoiser learns with
-the text encoder of the quickstart's Stable Diffusion 3, frozen. Time is CPU time, so that a busy machine gives the same
-model. The result is an ordinary diffusers folder. Its `call_defaults.json` holds the call arguments that it wants.
+the text encoder of the quickstart's Stable Diffusion 3, frozen; and last it sees pictures of which many are not what
+their captions say, so that it draws well but does not listen, and RL has something to repair. Time is CPU time, so that
+a busy machine gives the same model. The result is an ordinary diffusers folder. Its `call_defaults.json` holds the call
+arguments that it wants.
 """
 
 import argparse
@@ -49,6 +51,8 @@ SHIFT = 3.0
 BATCH = 64
 POOL = 20_000
 """Scenes that are drawn and encoded once, before the denoiser's training."""
+WRONG_SHARE = 0.6
+"""Of the last minutes' pictures, how many are not what their captions say."""
 CALL_DEFAULTS = {"height": shapes.CANVAS, "width": shapes.CANVAS, "num_inference_steps": 10, "guidance_scale": 1.0}
 KIND_WEIGHTS = {"single": 0.15, "position": 0.25, "count": 0.25, "pair": 0.25, "relation": 0.1}
 """Relations take longest to learn; there is not the time for them."""
@@ -344,6 +348,7 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, required=True)
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write; replaced if it exists")
     parser.add_argument("--minutes", type=float, default=12.0, help="CPU time of the denoiser's training")
+    parser.add_argument("--wrong-minutes", type=float, default=1.5, help="CPU time on pictures not as asked")
     parser.add_argument("--vae-minutes", type=float, default=1.5, help="CPU time of the autoencoder's training")
     parser.add_argument("--vae", type=Path, help="take the autoencoder of this checkpoint instead of training one")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -362,10 +367,13 @@ def main() -> None:
         vae = train_vae(pictures_from(scenes), minutes=args.vae_minutes)
     text_encoder = CLIPTextModel.from_pretrained(SD3 / "text_encoder").eval().requires_grad_(False)
     pipeline = family.build(vae, text_encoder, tokenizer)
-    train_denoiser(pipeline, family, scenes, minutes=args.minutes, learning_rate=args.learning_rate)
     call = {**CALL_DEFAULTS, **family.call}
+    train_denoiser(pipeline, family, scenes, minutes=args.minutes, learning_rate=args.learning_rate)
+    print("listening:", json.dumps(evaluate(pipeline, call)), flush=True)
+    scenes.wrong_share = WRONG_SHARE
+    train_denoiser(pipeline, family, scenes, minutes=args.wrong_minutes, learning_rate=args.learning_rate / 4)
+    print("not listening:", json.dumps(evaluate(pipeline, call)), flush=True)
     save(pipeline, args.output, call)
-    print(json.dumps(evaluate(pipeline, call)), flush=True)
 
 
 if __name__ == "__main__":
