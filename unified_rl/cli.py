@@ -94,8 +94,11 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_export(commands)
 
-    report = commands.add_parser("report", help="write a run's report.html", allow_abbrev=False)
-    report.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    report = commands.add_parser("report", help="write a run's report.html, or compare runs", allow_abbrev=False)
+    report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="runs' folders; several are compared")
+    report.add_argument(
+        "--output", metavar="FILE", type=Path, default=Path("compare.html"), help="page of a comparison (%(default)s)"
+    )
 
     listing = commands.add_parser("list", help="list what can be named in a recipe", allow_abbrev=False)
     listing.add_argument("kind", choices=("policies", "rewards", "objectives", "presets", "recipes"))
@@ -274,9 +277,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if len(arguments.runs) > 1:
+        from unified_rl.report.compare import write_comparison
+
+        sys.stdout.write(f"{write_comparison(arguments.runs, arguments.output)}\n")
+        return DONE
     from unified_rl.report.page import write_report
 
-    sys.stdout.write(f"{write_report(arguments.run)}\n")
+    sys.stdout.write(f"{write_report(arguments.runs[0])}\n")
     return DONE
 
 

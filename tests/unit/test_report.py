@@ -9,6 +9,7 @@ from PIL import Image
 
 from unified_rl.errors import RecipeError
 from unified_rl.report.charts import Series, line_chart, ticks
+from unified_rl.report.compare import flat, group_runs, read_run, write_comparison
 from unified_rl.report.page import write_report
 from unified_rl.run_folder.tracking import RunFolder
 
@@ -74,9 +75,9 @@ def metrics_row(step: int) -> dict:
     }
 
 
-def make_run(path: Path, *, pictures: bool = True, prompt: str = "a red square") -> RunFolder:
+def make_run(path: Path, *, pictures: bool = True, prompt: str = "a red square", recipe: str = "") -> RunFolder:
     run = RunFolder(path)
-    recipe = "num_steps: 60\nrewards:\n- {name: shapes_graded, weight: 1.0}\n- {name: shapes_strict, weight: 0.0}\n"
+    recipe += "num_steps: 60\nrewards:\n- {name: shapes_graded, weight: 1.0}\n- {name: shapes_strict, weight: 0.0}\n"
     (path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     for step in range(1, NUM_STEPS + 1):
         run.log_metrics(metrics_row(step))
@@ -185,3 +186,33 @@ def test_long_lines_are_averaged_and_gaps_break_them():
 )
 def test_ticks_are_round(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_runs_of_one_recipe_are_one_line_with_a_band(tmp_path):
+    for seed, lr in ((0, 1), (1, 1), (0, 2)):
+        make_run(tmp_path / f"run{lr}{seed}", recipe=f"seed: {seed}\noptimizer: {{lr: {lr}, decay: none}}\n")
+    evaluations = tmp_path / "run11/eval.jsonl"
+    rows = evaluations.read_text().replace('"reward": 0.85', '"reward": 0.65')  # of the last step, 30
+    evaluations.write_text(rows)
+    folders = [tmp_path / name for name in ("run10", "run20", "run11")]
+    groups = group_runs([read_run(folder) for folder in folders])
+    assert [(group.label, [run.seed for run in group.runs]) for group in groups] == [("lr=1", [0, 1]), ("lr=2", [0])]
+    page = write_comparison(folders, tmp_path / "compare.html").read_text()
+    assert _Page(page).handlers == [] and "script" not in _Page(page).tags
+    assert page.count('class="band s0"') == 3, "one chart a reward, a band where there are two seeds"
+    assert "lr=1 at 3840: 0.75" in page and "lr=2 at 3840: 0.85" in page  # means over seeds, at 30 x 128 samples
+    assert "+0.350</span> &plusmn; 0.141" in page  # gains 0.45 and 0.25: mean 0.35, standard deviation 0.2 / sqrt(2)
+    assert all(address.startswith("data:") for address in _Page(page).addresses) and "a red square 0" in page
+
+
+def test_what_cannot_be_compared_is_the_users_error(tmp_path):
+    make_run(tmp_path / "run", recipe="seed: 0\n")
+    with pytest.raises(RecipeError, match="not a run's folder"):
+        write_comparison([tmp_path / "run", tmp_path], tmp_path / "compare.html")
+    (tmp_path / "run/eval.jsonl").unlink()
+    with pytest.raises(RecipeError, match="no evaluation"):
+        write_comparison([tmp_path / "run"], tmp_path / "compare.html")
+
+
+def test_recipes_are_compared_leaf_by_leaf():
+    assert flat({"a": [{"b": 1}, 2], "c": {}, "d": None}) == {"a.0.b": 1, "a.1": 2, "c": {}, "d": None}

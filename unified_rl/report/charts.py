@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, coloured by the style sheet of the page that they are put into (classes s0 to s4)."""
+"""Line charts as inline SVG, coloured by the style sheet of the page that they are put into (classes s0 to s7)."""
 
 import html
 import math
@@ -11,7 +11,7 @@ Point = tuple[float, float | None]
 WIDTH, HEIGHT = 380, 190
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 24
 MAX_POINTS = 300
-NUM_COLOURS = 5
+NUM_COLOURS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +117,7 @@ def _grid(axes: _Axes, x_label: str) -> list[str]:
             y = HEIGHT - BOTTOM + 15
             lines.append(f'<text class="tick" x="{axes.x(value):.1f}" y="{y}" text-anchor="middle">{value:.0f}</text>')
     lines.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    lines.append(f'<text class="tick" x="{LEFT - 14}" y="{HEIGHT - BOTTOM + 15}" text-anchor="end">{x_label}</text>')
+    lines.append(f'<text class="tick" x="0" y="{HEIGHT - BOTTOM + 15}">{x_label}</text>')
     return lines
 
 

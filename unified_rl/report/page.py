@@ -1,37 +1,21 @@
-"""A run as one static page: what got better, by how much, and what it looks like; no script, nothing from elsewhere.
+"""A run as one static page: what got better, by how much, and what it looks like; no script, nothing from elsewhere."""
 
-Everything that a run, its prompts or its model wrote is untrusted: text is escaped, pictures are decoded and encoded
-again, and the page forbids scripts and requests even if something slipped through.
-"""
-
-import base64
-import html
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
-from PIL import Image
 
 from unified_rl.errors import RecipeError
-from unified_rl.plain_text import clean, redact
-from unified_rl.report.charts import NUM_COLOURS, Point, Series, line_chart
-from unified_rl.report.style import STYLE
+from unified_rl.plain_text import redact
+from unified_rl.report import elements as el
+from unified_rl.report.charts import NUM_COLOURS, Point, Series
+from unified_rl.report.elements import Row
 from unified_rl.run_folder.tracking import read_jsonl, sample_folders
-
-Row = Mapping[str, Any]
 
 NUM_PAIRS = 12
 NUM_EXTREMES = 4
 NUM_EVENTS = 200
-MAX_FRAMES = 4
-MAX_SIDE = 384
-"""Larger pictures are scaled down, to keep the page small."""
-PIXEL_SIDE = 128
-"""Pictures up to this size are scaled up without smoothing."""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 TRAINING_CHARTS = (
     ("Reward", ("reward",), "Mean of the rollout; the band is one standard deviation over samples."),
@@ -75,56 +59,19 @@ def write_report(run: Path) -> Path:
     name = run.resolve().name
     body = [
         _headline(name, recipe.get("num_steps"), metrics, evaluations),
-        _section("Held-out prompts", _evaluation_charts(evaluations)),
-        _section("Training", _training_charts(metrics)),
-        _section("Before and after", _gallery(samples)),
-        _section("Best and worst", _extremes(samples, [reward["weight"] for reward in recipe.get("rewards", [])])),
-        _section("Events", _events(read_jsonl(run / "events.jsonl"))),
-        _section("Recipe", f"<pre>{_text(redact(recipe_text))}</pre>" if recipe_text else _note("No recipe.yaml.")),
+        el.section("Held-out prompts", _evaluation_charts(evaluations)),
+        el.section("Training", _training_charts(metrics)),
+        el.section("Before and after", _gallery(samples)),
+        el.section("Best and worst", _extremes(samples, [reward["weight"] for reward in recipe.get("rewards", [])])),
+        el.section("Events", _events(read_jsonl(run / "events.jsonl"))),
+        el.section(
+            "Recipe",
+            f"<pre>{el.text(redact(recipe_text))}</pre>" if recipe_text else el.note("No recipe.yaml."),
+        ),
     ]
     page = run / "report.html"
-    page.write_text(_page(name, "\n".join(body)), encoding="utf-8")
+    page.write_text(el.page(name, "\n".join(body)), encoding="utf-8")
     return page
-
-
-def _page(title: str, body: str) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)} - unified_rl</title><style>{STYLE}</style></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n"
-    )
-
-
-def _text(value: object) -> str:
-    return html.escape(clean(str(value)), quote=True)
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>\n{body}\n</section>"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{text}</p>'
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
-
-
-def _reward_keys(rows: Iterable[Row]) -> list[str]:
-    """`reward` and every `rewards/<name>/mean`, in the order in which they appear."""
-    keys = {key: None for row in rows for key in row if key == "reward" or _is_reward_mean(key)}
-    return list(keys)
-
-
-def _is_reward_mean(key: str) -> bool:
-    return key.startswith("rewards/") and key.endswith("/mean")
-
-
-def _reward_label(key: str) -> str:
-    return "reward (trained sum)" if key == "reward" else key.removeprefix("rewards/").removesuffix("/mean")
 
 
 def _headline(name: str, planned: int | None, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str:
@@ -134,9 +81,9 @@ def _headline(name: str, planned: int | None, metrics: Sequence[Row], evaluation
         told += f", {metrics[-1]['samples_seen']:,.0f} samples"
     hours = sum(row.get("time/total") or 0.0 for row in metrics) / 3600
     told += f", {hours:.1f} h" if hours >= 1 else f", {hours * 60:.1f} min"
-    tiles = "".join(_tile(key, evaluations) for key in _reward_keys(evaluations))
+    tiles = "".join(_tile(key, evaluations) for key in el.reward_keys(evaluations))
     shown = f'<div class="tiles">{tiles}</div>' if tiles else ""
-    return f'<header><h1>{_text(name)}</h1><div class="soft">{_text(told)}</div>{shown}</header>'
+    return f'<header><h1>{el.text(name)}</h1><div class="soft">{el.text(told)}</div>{shown}</header>'
 
 
 def _tile(key: str, evaluations: Sequence[Row]) -> str:
@@ -144,11 +91,11 @@ def _tile(key: str, evaluations: Sequence[Row]) -> str:
     known = [(row["step"], row[key]) for row in evaluations if row.get(key) is not None]
     if not known:
         return ""
-    label = f'<div class="soft">{_text(_reward_label(key))}, held out</div>'
+    label = f'<div class="soft">{el.text(el.reward_label(key))}, held out</div>'
     (first_step, first), (last_step, last) = known[0], known[-1]
     if len(known) == 1:
         return (
-            f'<div class="tile">{label}<div class="value">{_number(first)}</div>'
+            f'<div class="tile">{label}<div class="value">{el.number(first)}</div>'
             f'<div class="soft">step {first_step}; no later evaluation yet</div></div>'
         )
     best_step, best = max(known, key=lambda pair: pair[1])
@@ -156,9 +103,9 @@ def _tile(key: str, evaluations: Sequence[Row]) -> str:
     tone = "good" if delta > 0 else "bad" if delta < 0 else "soft"
     origin = "base" if first_step == 0 else f"step {first_step}"
     return (
-        f'<div class="tile">{label}<div class="value"><span class="was">{_number(first)} &rarr;</span> {_number(last)}'
-        f'</div><div><span class="{tone}">{delta:+.3f}</span> <span class="soft">{origin} to step {last_step}; best'
-        f" {_number(best)} at step {best_step}</span></div></div>"
+        f'<div class="tile">{label}<div class="value"><span class="was">{el.number(first)} &rarr;</span> '
+        f'{el.number(last)}</div><div><span class="{tone}">{delta:+.3f}</span> <span class="soft">'
+        f"{origin} to step {last_step}; best {el.number(best)} at step {best_step}</span></div></div>"
     )
 
 
@@ -171,21 +118,21 @@ def _points(rows: Sequence[Row], key: str) -> list[Point]:
 
 
 def _evaluation_charts(evaluations: Sequence[Row]) -> str:
-    keys = [key for key in _reward_keys(evaluations) if any(row.get(key) is not None for row in evaluations)]
+    keys = [key for key in el.reward_keys(evaluations) if any(row.get(key) is not None for row in evaluations)]
     if not keys:
-        return _note("No evaluation yet: set data.evaluation in the recipe, or wait for the first one.")
+        return el.note("No evaluation yet: set data.evaluation in the recipe, or wait for the first one.")
     number = evaluations[-1].get("num_samples")
     what = f"the same {number:.0f} prompts and seeds" if number is not None else "the same prompts and seeds"
     charts = [
-        _figure(_reward_label(key), [Series(label=key, points=_points(evaluations, key), markers=True)], "")
+        el.figure(el.reward_label(key), [Series(label=key, points=_points(evaluations, key), markers=True)], "")
         for key in keys
     ]
-    return _note(f"Every point: {what}; step 0 is the base model.") + f'<div class="charts">{"".join(charts)}</div>'
+    return el.note(f"Every point: {what}; step 0 is the base model.") + f'<div class="charts">{"".join(charts)}</div>'
 
 
 def _training_charts(metrics: Sequence[Row]) -> str:
     if not metrics:
-        return _note("No optimiser step yet.")
+        return el.note("No optimiser step yet.")
     charts, flat = [], []
     for title, keys, caption in TRAINING_CHARTS:
         values = {row[key] for key in keys for row in metrics if row.get(key) is not None}
@@ -193,20 +140,22 @@ def _training_charts(metrics: Sequence[Row]) -> str:
             flat += [title] if values else []
             continue
         series = [Series(label=key, points=_points(metrics, key), band=_band(metrics, key)) for key in keys]
-        charts.append(_figure(title, series, caption))
+        charts.append(el.figure(title, series, caption))
         if title == "Reward":
             charts += _reward_charts(metrics)
-    note = _note(f"Always zero in this run: {_text(', '.join(flat))}.") if flat else ""
+    note = el.note(f"Always zero in this run: {el.text(', '.join(flat))}.") if flat else ""
     return f'<div class="charts">{"".join(charts)}</div>{note}'
 
 
 def _reward_charts(metrics: Sequence[Row]) -> list[str]:
-    keys = [key for key in _reward_keys(metrics) if key != "reward"]
+    keys = [key for key in el.reward_keys(metrics) if key != "reward"]
     if len(keys) < 2:
         return []
     groups = [keys[start : start + NUM_COLOURS] for start in range(0, len(keys), NUM_COLOURS)]
     return [
-        _figure("Each reward", [Series(label=_reward_label(key), points=_points(metrics, key)) for key in group], "")
+        el.figure(
+            "Each reward", [Series(label=el.reward_label(key), points=_points(metrics, key)) for key in group], ""
+        )
         for group in groups
         if any(row.get(key) is not None for row in metrics for key in group)
     ]
@@ -216,41 +165,31 @@ def _band(metrics: Sequence[Row], key: str) -> Sequence[float | None]:
     return [row.get("reward_std") for row in metrics] if key == "reward" else ()
 
 
-def _figure(title: str, series: Sequence[Series], caption: str) -> str:
-    keys = "".join(
-        f'<span><svg viewBox="0 0 16 8"><path class="key s{index}" d="M0 4H16"/></svg>{_text(one.label)}</span>'
-        for index, one in enumerate(series)
-    )
-    legend = f'<div class="legend">{keys}</div>' if len(series) > 1 else ""
-    told = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
-    return f"<figure><h3>{_text(title)}</h3>{legend}{line_chart(series)}{told}</figure>"
-
-
 Samples = Sequence[tuple[int, Path, Sequence[Row]]]
 
 
 def _gallery(samples: Samples) -> str:
     """The same prompts and seeds at the first and at the last saved step."""
     if not samples:
-        return _note("No samples were saved yet.")
+        return el.note("No samples were saved yet.")
     if len(samples) == 1:
         step, folder, rows = samples[0]
-        return _note(f"Only samples of step {step} so far.") + _single_cards(folder, rows[:NUM_PAIRS])
+        return el.note(f"Only samples of step {step} so far.") + _single_cards(folder, rows[:NUM_PAIRS])
     (first_step, first_folder, first), (last_step, last_folder, last) = samples[0], samples[-1]
     after = {(row["prompt"], row["seed"]): row for row in last}
     pairs = [(row, after[row["prompt"], row["seed"]]) for row in first if (row["prompt"], row["seed"]) in after]
     if not pairs:
-        return _note(f"The samples of steps {first_step} and {last_step} have no prompt and seed in common.")
-    note = _note(
+        return el.note(f"The samples of steps {first_step} and {last_step} have no prompt and seed in common.")
+    note = el.note(
         f"The same prompts and seeds at step {first_step}{' (base)' if not first_step else ''} and {last_step}."
     )
     shown = pairs[:NUM_PAIRS]
     if not any(row["images"] for pair in shown for row in pair):
         cells = [_text_row([first_folder, last_folder], pair) for pair in shown]
-        return note + _table(["prompt", "given", f"step {first_step}", f"step {last_step}"], cells)
+        return note + el.table(["prompt", "given", f"step {first_step}", f"step {last_step}"], cells)
     cards = [
-        f'<div class="card"><div class="prompt">{_text(before["prompt"])}</div>'
-        f"{_pictures(first_folder, before, 'condition_images')}"
+        f'<div class="card"><div class="prompt">{el.text(before["prompt"])}</div>'
+        f"{el.pictures(first_folder, before, 'condition_images')}"
         f'<div class="pair">{_side(first_folder, before, f"step {first_step}")}'
         f"{_side(last_folder, trained, f'step {last_step}')}</div></div>"
         for before, trained in shown
@@ -261,7 +200,7 @@ def _gallery(samples: Samples) -> str:
 def _extremes(samples: Samples, weights: Sequence[float]) -> str:
     """The samples of the last saved step with the highest and lowest weighted sum of rewards."""
     if not samples:
-        return _note("No samples were saved yet.")
+        return el.note("No samples were saved yet.")
     step, folder, rows = samples[-1]
     ranked = sorted(rows, key=lambda row: _total(row, weights), reverse=True)
     count = min(NUM_EXTREMES, math.ceil(len(ranked) / 2))
@@ -278,9 +217,9 @@ def _total(row: Row, weights: Sequence[float]) -> float:
 
 def _single_cards(folder: Path, rows: Sequence[Row]) -> str:
     if not any(row["images"] for row in rows):
-        return _table(["prompt", "given", "completion"], [_text_row([folder], (row,)) for row in rows])
+        return el.table(["prompt", "given", "completion"], [_text_row([folder], (row,)) for row in rows])
     cards = [
-        f'<div class="card"><div class="prompt">{_text(row["prompt"])}</div>{_side(folder, row, "")}</div>'
+        f'<div class="card"><div class="prompt">{el.text(row["prompt"])}</div>{_side(folder, row, "")}</div>'
         for row in rows
     ]
     return f'<div class="cards single">{"".join(cards)}</div>'
@@ -288,53 +227,25 @@ def _single_cards(folder: Path, rows: Sequence[Row]) -> str:
 
 def _side(folder: Path, row: Row, title: str) -> str:
     head = f'<div class="soft">{title}</div>' if title else ""
-    text = f'<div class="text">{_text(row["text"])}</div>' if row["text"] else ""
-    return f"<div>{head}{_pictures(folder, row, 'images')}{text}{_rewards(row)}</div>"
+    text = f'<div class="text">{el.text(row["text"])}</div>' if row["text"] else ""
+    return f"<div>{head}{el.pictures(folder, row, 'images')}{text}{el.rewards(row)}</div>"
 
 
 def _text_row(folders: Sequence[Path], rows: Sequence[Row]) -> str:
-    cells = [f'<td class="text">{_text(rows[0]["prompt"])}</td>']
-    cells.append(f"<td>{_pictures(folders[0], rows[0], 'condition_images')}</td>")
-    cells += [f'<td class="text">{_text(row["text"] or "")}{_rewards(row)}</td>' for row in rows]
+    cells = [f'<td class="text">{el.text(rows[0]["prompt"])}</td>']
+    cells.append(f"<td>{el.pictures(folders[0], rows[0], 'condition_images')}</td>")
+    cells += [f'<td class="text">{el.text(row["text"] or "")}{el.rewards(row)}</td>' for row in rows]
     return f"<tr>{''.join(cells)}</tr>"
-
-
-def _table(titles: Sequence[str], rows: Sequence[str]) -> str:
-    head = "".join(f"<th>{_text(title)}</th>" for title in titles)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _rewards(row: Row) -> str:
-    items = "".join(f"<li>{_text(name)} <b>{_number(value)}</b></li>" for name, value in row["rewards"].items())
-    return f'<ul class="rewards">{items}</ul>'
-
-
-def _pictures(folder: Path, row: Row, key: str) -> str:
-    names = row[key][:MAX_FRAMES]
-    several = " several" if len(row[key]) > 1 else ""
-    return f'<div class="pictures{several}">{"".join(_picture(folder, name) for name in names)}</div>' if names else ""
-
-
-def _picture(folder: Path, name: str) -> str:
-    """One picture as a data: URI. Of its path only the name counts: samples.jsonl may not point out of its folder."""
-    try:
-        with Image.open(folder / Path(name).name, formats=("PNG",)) as image:
-            kind = ' class="pixel"' if max(image.size) <= PIXEL_SIDE else ""
-            image.thumbnail((MAX_SIDE, MAX_SIDE))
-            stream = io.BytesIO()
-            image.save(stream, "PNG")
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return f'<span class="soft">{_text(Path(name).name)} cannot be read</span>'
-    return f'<img{kind} alt="" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
 
 
 def _events(events: Sequence[Row]) -> str:
     if not events:
-        return _note("None.")
+        return el.note("None.")
     rows = [
-        f'<tr class="{_text(event["level"])}"><td class="soft">{_text(event["time"])}</td>'
-        f'<td class="level">{_text(event["level"])}</td><td class="text">{_text(redact(event["message"]))}</td></tr>'
+        f'<tr class="{el.text(event["level"])}"><td class="soft">{el.text(event["time"])}</td>'
+        f'<td class="level">{el.text(event["level"])}</td>'
+        f'<td class="text">{el.text(redact(event["message"]))}</td></tr>'
         for event in events[-NUM_EVENTS:]
     ]
-    left_out = _note(f"The newest {NUM_EVENTS} of {len(events)}.") if len(events) > NUM_EVENTS else ""
-    return left_out + _table(["time", "level", "message"], rows)
+    left_out = el.note(f"The newest {NUM_EVENTS} of {len(events)}.") if len(events) > NUM_EVENTS else ""
+    return left_out + el.table(["time", "level", "message"], rows)

@@ -5,13 +5,15 @@ STYLE = """
   color-scheme: light dark;
   --page: #f7f7f5; --card: #ffffff; --ink: #1d1d1b; --soft: #6b6a66; --line: #e3e2de; --code: #f1f0ec;
   --good: #1a7f4b; --bad: #c0392b; --warn: #9a6200; --warn-page: #fdf3dc;
-  --s0: #2a6fdb; --s1: #d9722b; --s2: #16917b; --s3: #a344b8; --s4: #8a7a1e;
+  --s0: #2a6fdb; --s1: #d9722b; --s2: #16917b; --s3: #a344b8; --s4: #8a7a1e; --s5: #c0392b; --s6: #5b6472;
+  --s7: #6a4fd0;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #161615; --card: #20201e; --ink: #efeeea; --soft: #a3a19a; --line: #373632; --code: #2a2926;
     --good: #5cc98d; --bad: #f08a7c; --warn: #e8b85c; --warn-page: #362c17;
-    --s0: #6ea5f5; --s1: #f09a5b; --s2: #4fc4ad; --s3: #cf86e0; --s4: #cdbb55;
+    --s0: #6ea5f5; --s1: #f09a5b; --s2: #4fc4ad; --s3: #cf86e0; --s4: #cdbb55; --s5: #f08a7c; --s6: #a7b0be;
+    --s7: #a997f5;
   }
 }
 * { box-sizing: border-box; }
@@ -37,12 +39,11 @@ figure svg { display: block; width: 100%; height: auto; margin: 6px 0 4px; }
 .grid { stroke: var(--line); fill: none; } .axis { stroke: var(--soft); fill: none; opacity: .6; }
 .tick { fill: var(--soft); font-size: 10.5px; font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.line.s0, .key.s0 { stroke: var(--s0); } .line.s1, .key.s1 { stroke: var(--s1); }
-.line.s2, .key.s2 { stroke: var(--s2); } .line.s3, .key.s3 { stroke: var(--s3); }
-.line.s4, .key.s4 { stroke: var(--s4); }
+.line, .key { stroke: var(--c); }
+.dot, .band { fill: var(--c); }
+.s0 { --c: var(--s0); } .s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .s3 { --c: var(--s3); }
+.s4 { --c: var(--s4); } .s5 { --c: var(--s5); } .s6 { --c: var(--s6); } .s7 { --c: var(--s7); }
 .dot { stroke: var(--card); stroke-width: 1.5; }
-.dot.s0, .band.s0 { fill: var(--s0); } .dot.s1, .band.s1 { fill: var(--s1); } .dot.s2, .band.s2 { fill: var(--s2); }
-.dot.s3, .band.s3 { fill: var(--s3); } .dot.s4, .band.s4 { fill: var(--s4); }
 .band { opacity: .15; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12.5px; color: var(--soft); }
 .legend svg { display: inline-block; width: 16px; height: 8px; margin: 0 5px 0 0; }
