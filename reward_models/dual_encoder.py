@@ -170,15 +170,16 @@ class SiglipScore(DualEncoder):
         return (scale * self.cosines(prompts, completions) + bias).sigmoid().tolist()
 
 
-class ImageSimilarity(DualEncoder):
-    """Cosine between each picture and its first condition picture, for editing.
-
-    A model without a text tower (DINOv2) is read at its pooled output.
-    """
+class PictureEncoder(DualEncoder):
+    """The picture embeddings of these models, or of one without a text tower (DINOv2), read at its pooled output."""
 
     def _features(self, pixels: Any) -> Any:
         has_texts = "text_config" in self.model.config.to_dict()
         return super()._features(pixels) if has_texts else self.model(pixels).pooler_output
+
+
+class ImageSimilarity(PictureEncoder):
+    """Cosine between each picture and its first condition picture, for editing."""
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Image.Image], *, images: Sequence[Any], **_: Any

@@ -1,4 +1,4 @@
-"""The command line: `unified-rl train | validate | evaluate | export | report | list`.
+"""The command line: `unified-rl train | validate | evaluate | score | train-reward | serve | export | report | list`.
 
 Exit codes: 0 done, 1 failed, 2 the user's recipe or arguments are wrong (one line on standard error), 143 stopped by
 SIGTERM after saving. Nothing heavy is imported before a command is known, so that `--help` answers at once.
@@ -91,6 +91,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--arguments", metavar="YAML", default="{}", help="keyword arguments, as in a recipe: '{top: 3}'"
     )
 
+    _add_train_reward(commands)
     _add_serve(commands)
     _add_export(commands)
 
@@ -103,6 +104,29 @@ def _build_parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="list what can be named in a recipe", allow_abbrev=False)
     listing.add_argument("kind", choices=("policies", "rewards", "objectives", "presets", "recipes"))
     return parser
+
+
+def _add_train_reward(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    learn = commands.add_parser(
+        "train-reward", help="fit a reward of your own on preferences or scores", allow_abbrev=False
+    )
+    learn.add_argument("data", metavar="DATA", type=Path, help="a .jsonl of pairs or scored samples; docs/rewards.md")
+    learn.add_argument(
+        "--encoder",
+        metavar="NAME",
+        required=True,
+        help="frozen features: efficientnet-lite0, minilm, or the folder or hub name of a CLIP-like model, a picture "
+        "encoder or a sentence encoder",
+    )
+    learn.add_argument("--revision", metavar="COMMIT", help="of the encoder, if it is taken from the hub")
+    learn.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder, which recipes can name")
+    learn.add_argument(
+        "--hidden", metavar="UNITS", type=_positive, default=0, help="of a hidden layer; default: linear"
+    )
+    learn.add_argument("--held-out", metavar="SHARE", type=float, default=0.2, help="measured on; default: 0.2")
+    learn.add_argument("--without-prompt", action="store_true", help="judge samples whatever was asked for")
+    learn.add_argument("--seed", type=int, default=0, help="of the split; default: 0")
+    learn.add_argument("--device", default="cpu", help="of the encoder; default: cpu")
 
 
 def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -256,6 +280,22 @@ def _score(arguments: argparse.Namespace) -> int:
     return score_command(arguments.rewards, arguments.files, prompt=arguments.prompt, arguments=arguments.arguments)
 
 
+def _train_reward(arguments: argparse.Namespace) -> int:
+    from unified_rl.rewards.fit import train_reward_command
+
+    return train_reward_command(
+        arguments.data,
+        arguments.output,
+        encoder=arguments.encoder,
+        revision=arguments.revision,
+        hidden=arguments.hidden,
+        held_out=arguments.held_out,
+        use_prompt=not arguments.without_prompt,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     from unified_rl.rewards.serve import serve_command
 
@@ -300,6 +340,7 @@ COMMANDS = {
     "validate": _validate,
     "evaluate": _evaluate,
     "score": _score,
+    "train-reward": _train_reward,
     "serve": _serve,
     "export": _export,
     "report": _report,

@@ -90,7 +90,7 @@ def has_log_probs(groups: Sequence[RecordedGroup]) -> bool:
 
 def weights_of(recipe: Recipe) -> dict[str, float]:
     """The recipe's rewards as a run's folder names them, with their weights."""
-    return {reward.name.rpartition(":")[2]: reward.weight for reward in recipe.rewards}
+    return {reward.shown_name: reward.weight for reward in recipe.rewards}
 
 
 def check_recorded(recipe: Recipe, groups: Sequence[RecordedGroup]) -> None:

@@ -92,8 +92,8 @@ def parse_recipe(raw: dict, folder: Path) -> Recipe:
         if isinstance(raw.get(block), dict) and isinstance(raw[block].get(key), str):
             raw[block][key] = locate(raw[block][key], folder)
     for reward in raw["rewards"] if isinstance(raw.get("rewards"), list) else []:
-        if isinstance(reward, dict) and isinstance(reward.get("name"), str) and ":" in reward["name"]:
-            reward["name"] = locate(reward["name"], folder)
+        if isinstance(reward, dict) and isinstance(reward.get("name"), str) and set(reward["name"]) & {":", "/"}:
+            reward["name"] = locate(reward["name"].rstrip("/"), folder)
     raw["objective"] = _resolve_objective(raw.get("objective") or {})
     for objective in raw["objective"].values():
         for key in ("loss", "method", "beside"):

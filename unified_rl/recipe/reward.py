@@ -22,8 +22,8 @@ class RewardBlock(Block):
     """One reward. What counts in the trained sum is: clipped, then normalised, then gated, then weighted."""
 
     name: str
-    """An entry point (`unified-rl list rewards`), `package.module:attr`, `path/to/file.py:attr`, or the address of a
-    reward server, `http://host:port/name`."""
+    """An entry point (`unified-rl list rewards`), `package.module:attr`, `path/to/file.py:attr`, the address of a reward
+    server, `http://host:port/name`, or a folder that `unified-rl train-reward` wrote, `path/to/folder`."""
     weight: float = 1.0
     """Weight in the trained sum; 0: measured only."""
     arguments: dict[str, Any] = {}
@@ -53,6 +53,12 @@ class RewardBlock(Block):
     """The run stops if the reward failed for a larger share of a rollout's completions."""
     cache: bool = False
     """Do not ask again about the same prompt, columns and completion."""
+
+    @property
+    def shown_name(self) -> str:
+        """As metrics show it."""
+        remote = self.name.startswith(("http://", "https://"))
+        return self.name.rstrip("/").rpartition(":" if ":" in self.name and not remote else "/")[2]
 
     @model_validator(mode="after")
     def _consistent(self) -> "RewardBlock":

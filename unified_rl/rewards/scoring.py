@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unified_rl.errors import RecipeError, nearest
@@ -28,6 +29,8 @@ ENTRY_POINTS = "unified_rl.rewards"
 """The entry point group in which packages list their rewards."""
 REMOTE = "unified_rl.rewards.remote:RemoteReward"
 """What stands behind a reward that is named by its address."""
+LEARNED = "reward_models.learned:LearnedReward"
+"""What stands behind a reward that is named by the folder that `train-reward` wrote."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +78,7 @@ def check_rewards(blocks: Sequence[RewardBlock]) -> None:
         RecipeError: as in `check_reward`; for the second of two that metrics would show under one name; for a gate
             that names no other reward.
     """
-    names = [_shown_name(block.name) for block in blocks]
+    names = [block.shown_name for block in blocks]
     for index, block in enumerate(blocks):
         check_reward(block, index)
         if names[index] in names[:index]:
@@ -117,7 +120,7 @@ def load_rewards(blocks: Sequence[RewardBlock], *, device: str = "cpu") -> list[
         raise
     return [
         LoadedReward(
-            name=_shown_name(block.name),
+            name=block.shown_name,
             runner=RewardRunner(reward, batch_size=block.batch_size, retries=block.retries, cache=block.cache),
             weight=block.weight,
             held_out=block.held_out,
@@ -224,11 +227,15 @@ class Scoring:
 
 
 def reference_of(name: str, where: str) -> str:
-    """The import reference of a reward named by reference, address or entry point."""
+    """The import reference of a reward named by reference, address, folder or entry point."""
     if name.startswith(("http://", "https://")):
         return REMOTE
     if ":" in name:
         return name
+    if "/" in name and not (Path(name) / "reward.json").is_file():
+        raise RecipeError(f"{where}: no folder {name} that train-reward wrote")
+    if "/" in name:
+        return LEARNED
     if name.endswith(".py"):
         raise RecipeError(f"{where}: {name} is a file; add the name of its function, as in {name}:reward")
     known = list_rewards()
@@ -237,16 +244,12 @@ def reference_of(name: str, where: str) -> str:
     return known[name]
 
 
-def _shown_name(name: str) -> str:
-    return name.rpartition("/" if name.startswith(("http://", "https://")) else ":")[2]
-
-
 def _start(block: RewardBlock, index: int, device: str) -> ProcessReward | ThreadedReward:
     where = f"rewards.{index}"
     reference = reference_of(block.name, f"{where}.name")
     arguments: Mapping[str, Any] = block.arguments
-    if reference == REMOTE:
-        arguments = {"url": block.name, **arguments}
+    if reference in (REMOTE, LEARNED):
+        arguments = {"url" if reference == REMOTE else "folder": block.name, **arguments}
     if block.isolation == "process":
         return ProcessReward(
             reference,
