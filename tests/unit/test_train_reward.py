@@ -152,7 +152,7 @@ def test_prompts_are_not_shared_between_fitted_and_held_out_rows(tmp_path: Path)
     [
         ([{"prompt": "p", "chosen": "a"}], [], "DATA: .*:1: a pair is chosen and rejected"),
         ([{"prompt": "p", "text": "a"}], [], "DATA: .*:1: neither chosen and rejected"),
-        ([{"prompt": "p", "text": "a", "reward": 1.0}, {"prompt": "p", "chosen": "a", "rejected": "b"}], [], ":2: unlike"),
+        ([{"prompt": "p", "text": "a", "reward": 1}, {"prompt": "p", "chosen": "a", "rejected": "b"}], [], "2: unlike"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b"}], [], "--encoder: gpt/none: .* pin it"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b"}], ["--held-out", "0"], "--held-out: 0.0 is no share"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b"}], ["--output", "."], "--output: . exists"),

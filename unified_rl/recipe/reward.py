@@ -22,8 +22,8 @@ class RewardBlock(Block):
     """One reward. What counts in the trained sum is: clipped, then normalised, then gated, then weighted."""
 
     name: str
-    """An entry point (`unified-rl list rewards`), `package.module:attr`, `path/to/file.py:attr`, the address of a reward
-    server, `http://host:port/name`, or a folder that `unified-rl train-reward` wrote, `path/to/folder`."""
+    """An entry point (`unified-rl list rewards`), `package.module:attr`, `path/to/file.py:attr`, the address of a
+    reward server, `http://host:port/name`, or a folder that `unified-rl train-reward` wrote, `path/to/folder`."""
     weight: float = 1.0
     """Weight in the trained sum; 0: measured only."""
     arguments: dict[str, Any] = {}

@@ -6,6 +6,7 @@ rows; the rows that are held out are looked at once, in the end.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -169,7 +170,7 @@ def fit_head(table: Table, hidden: int, penalty: float, seed: int) -> dict[str, 
     sizes = [seen.shape[1], hidden, 1] if hidden else [seen.shape[1], 1]
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, Tensor] = {}
-    for number, (width, out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, (width, out) in enumerate(itertools.pairwise(sizes)):
         start = torch.randn(out, width, generator=generator, dtype=torch.float64) / math.sqrt(width)
         layers[f"layers.{number}.weight"] = (start if hidden else start * 0.0).requires_grad_()
         layers[f"layers.{number}.bias"] = torch.zeros(out, dtype=torch.float64, requires_grad=True)
