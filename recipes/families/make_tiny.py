@@ -10,13 +10,9 @@ a busy machine gives the same model. The result is an ordinary diffusers folder.
 arguments that it wants.
 """
 
-import argparse
 import json
 import math
-import random
-import shutil
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +33,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from recipes.quickstart import script
 from recipes.quickstart.fit import fit
 from recipes.quickstart.make_shapes_sd3 import Scenes
 from unified_rl.worlds import shapes
@@ -323,19 +320,10 @@ def evaluate(pipeline: Any, call: dict[str, Any], *, seed: int = 0) -> dict[str,
 
 
 def save(pipeline: Any, folder: Path, call: dict[str, Any]) -> None:
-    """Write the checkpoint beside `folder` and put it in its place in one go; the denoiser in 16 bits."""
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    stored = deepcopy(pipeline)
-    denoiser_of(stored).half()
-    stored.save_pretrained(fresh)
-    for file in fresh.rglob("*.json"):  # diffusers writes down the folder that a model came from
-        lines = file.read_text().splitlines(keepends=True)
-        file.write_text("".join(line for line in lines if not line.startswith('  "_name_or_path"')))
-    (fresh / "call_defaults.json").write_text(json.dumps(call, indent=2) + "\n")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    """Write the checkpoint in place of an older one; the denoiser in 16 bits."""
+    denoiser = "unet" if isinstance(pipeline, StableDiffusionPipeline) else "transformer"
+    with script.in_place_of(folder) as fresh:
+        script.write_pipeline(pipeline, fresh, denoiser=denoiser, call_defaults=call)
 
 
 def pictures_from(scenes: Scenes) -> Callable[[int], Tensor]:
@@ -344,20 +332,14 @@ def pictures_from(scenes: Scenes) -> Callable[[int], Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.parser(__doc__)
     parser.add_argument("--family", choices=FAMILIES, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write; replaced if it exists")
     parser.add_argument("--minutes", type=float, default=12.0, help="CPU time of the denoiser's training")
     parser.add_argument("--wrong-minutes", type=float, default=1.5, help="CPU time on pictures not as asked")
     parser.add_argument("--vae-minutes", type=float, default=1.5, help="CPU time of the autoencoder's training")
     parser.add_argument("--vae", type=Path, help="take the autoencoder of this checkpoint instead of training one")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    random.seed(args.seed)
+    args = script.begin(parser)
     family = FAMILIES[args.family]
     tokenizer = CLIPTokenizer.from_pretrained(SD3 / "tokenizer")
     scenes = Scenes(tokenizer, wrong_share=0.0, seed=args.seed, kind_weights=KIND_WEIGHTS)

@@ -1,6 +1,6 @@
 """Pre-train the tiny text-to-image checkpoint of the quickstart, and save it in diffusers' own format.
 
-    python recipes/quickstart/make_digits_unet.py --output recipes/quickstart/digits_unet --minutes 12
+    python -m recipes.quickstart.make_digits_unet --output recipes/quickstart/digits_unet --minutes 12
 
 The result is an ordinary `StableDiffusionPipeline` (CLIP tokenizer and text encoder, cross-attention UNet, VAE,
 DDIM scheduler with Stable Diffusion 2's settings, v prediction), only very small: 16x16 pictures, about
@@ -13,11 +13,9 @@ checkpoint then follows its prompt only most of the time, and its paper is grain
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,6 +26,8 @@ from diffusers.training_utils import EMAModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from recipes.quickstart import script
 
 SIZE = 16
 CONTEXT_LENGTH = 8
@@ -227,43 +227,20 @@ def train(pipeline: StableDiffusionPipeline, minutes: float) -> int:
     return step
 
 
-def is_free(output: Path) -> bool:
-    """Whether `output` may be written: absent, an empty folder, or an older checkpoint."""
-    if (output / "model_index.json").is_file() or not output.exists():
-        return True
-    return output.is_dir() and not any(output.iterdir())
-
-
 def save(pipeline: StableDiffusionPipeline, output: Path) -> None:
-    """Write the checkpoint beside `output` and then move it there, so that no reader meets half a checkpoint."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    fresh.chmod(0o755)
-    pipeline.save_pretrained(fresh)
-    (fresh / "call_defaults.json").write_text(json.dumps(CALL_DEFAULTS, indent=2) + "\n")
-    if (output / "README.md").exists():
-        shutil.copy2(output / "README.md", fresh / "README.md")
-    if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
-        output.rename(old / output.name)
-        fresh.rename(output)
-        shutil.rmtree(old)
-    else:
-        fresh.rename(output)
+    """Write the checkpoint, with the card of the one that it replaces."""
+    with script.in_place_of(output) as fresh:
+        pipeline.save_pretrained(fresh)
+        (fresh / "call_defaults.json").write_text(json.dumps(CALL_DEFAULTS, indent=2) + "\n")
+        if (output / "README.md").exists():
+            shutil.copy2(output / "README.md", fresh / "README.md")
 
 
 def main() -> None:
     """Read the command line, pre-train, save."""
-    parser = argparse.ArgumentParser(description="Pre-train the quickstart's tiny text-to-image checkpoint.")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; an older checkpoint is replaced")
+    parser = script.parser("Pre-train the quickstart's tiny text-to-image checkpoint.")
     parser.add_argument("--minutes", type=float, default=12.0, help="training time in minutes of wall clock")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads for torch")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if not is_free(arguments.output):
-        parser.error(f"{arguments.output} exists and is no checkpoint; only a checkpoint is replaced")
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
+    arguments = script.begin(parser)
     pipeline = build_pipeline()
     steps = train(pipeline, arguments.minutes)
     save(pipeline, arguments.output)

@@ -9,11 +9,7 @@ then goes on learning for a few minutes, from edits of which many do not show wh
 and the rest is kept, but often the edit is another than asked. So RL has something to repair.
 """
 
-import argparse
-import json
 import random
-import shutil
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +18,7 @@ from diffusers import AutoencoderTiny, SD3Transformer2DModel, StableDiffusion3In
 from PIL import Image
 from torch import Tensor
 
+from recipes.quickstart import script
 from recipes.quickstart.fit import fit
 from recipes.quickstart.make_shapes_sd3 import CALL_DEFAULTS, NUM_TOKENS, SHIFT, load, trained_parts
 from unified_rl.worlds import edits, shapes
@@ -189,32 +186,23 @@ def evaluate(pipeline: StableDiffusion3InpaintPipeline, call: dict) -> dict[str,
 def save(pipeline: StableDiffusion3InpaintPipeline, folder: Path, *, minutes: float, wrong_share: float) -> None:
     """Write the checkpoint with its call arguments and its card, in place of an older one."""
     call = {**CALL_DEFAULTS, "strength": 1.0}
-    shutil.rmtree(folder, ignore_errors=True)
-    stored = deepcopy(pipeline)
-    stored.transformer.half()
-    stored.save_pretrained(folder)
-    for file in folder.rglob("*.json"):  # diffusers writes down the folder that a model came from
-        lines = file.read_text().splitlines(keepends=True)
-        file.write_text("".join(line for line in lines if not line.startswith('  "_name_or_path"')))
-    (folder / "call_defaults.json").write_text(json.dumps(call, indent=2) + "\n")
     scores = evaluate(pipeline, call)
     heldout = edits.heldout_edits()[:240]
     unchanged = sum(edits.graded(row["edit"], row["image"]) for row in heldout) / len(heldout)
     rows = "\n".join(f"| {kind} | {got[0]:.2f} | {got[1]:.2f} |" for kind, got in scores.items())
-    (folder / "README.md").write_text(CARD.format(rows=rows, unchanged=unchanged, minutes=minutes, wrong=wrong_share))
+    with script.in_place_of(folder) as fresh:
+        script.write_pipeline(pipeline, fresh, denoiser="transformer", call_defaults=call)
+        card = CARD.format(rows=rows, unchanged=unchanged, minutes=minutes, wrong=wrong_share)
+        (fresh / "README.md").write_text(card)
     print(rows, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write; replaced if it exists")
+    parser = script.parser(__doc__)
     parser.add_argument("--source", type=Path, default=SOURCE, help="checkpoint of make_shapes_sd3.py")
     parser.add_argument("--minutes", type=float, default=12.0, help="CPU time of training")
     parser.add_argument("--wrong-share", type=float, default=0.4, help="share of edits that do not show what was asked")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
+    args = script.begin(parser)
     pipeline = widen(load(args.source))
     train(pipeline, minutes=args.minutes, wrong_share=args.wrong_share, seed=args.seed)
     save(pipeline, args.output, minutes=args.minutes, wrong_share=args.wrong_share)

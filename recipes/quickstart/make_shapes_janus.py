@@ -10,21 +10,17 @@ goes (`b2 red circle d4 blue square`), and it draws from `PROMPT . PLAN` too. Tr
 
 Only prompts of the train split are used. Prompts are left out of some rows, so that the model can be guided.
 
-    python recipes/quickstart/make_shapes_janus.py --output recipes/quickstart/shapes_janus
+    python -m recipes.quickstart.make_shapes_janus --output recipes/quickstart/shapes_janus
 """
 
-import argparse
 import copy
 import random
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from make_shapes_sd3 import learning_rate_at, mistaken
 from PIL import Image
-from shape_tokens import NUM_CODES, Canvas, Things, draw_specs, train_autoencoder, train_specs
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -39,6 +35,9 @@ from transformers import (
 )
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
+from recipes.quickstart import script
+from recipes.quickstart.make_shapes_sd3 import learning_rate_at, mistaken
+from recipes.quickstart.shape_tokens import NUM_CODES, Canvas, Things, draw_specs, train_autoencoder, train_specs
 from unified_rl.worlds import shapes
 
 WIDTH = 192
@@ -357,30 +356,14 @@ def _same(one: Image.Image, other: Image.Image) -> bool:
     return seen[0] == seen[1]
 
 
-def write(folder: Path, model: JanusForConditionalGeneration, processor: JanusProcessor, card: str) -> None:
-    """Save into a new folder beside `folder`, then put it in its place."""
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)
-    processor.save_pretrained(fresh)
-    (fresh / "README.md").write_text(card)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; replaced if it exists")
+    parser = script.parser(__doc__)
     parser.add_argument("--autoencoder-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=1300, help="stage 2")
     parser.add_argument("--misalign-steps", type=int, default=250, help="stage 3")
     parser.add_argument("--clean", type=Path, help="folder of the model after stage 2: read if it exists, else written")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    args = script.begin(parser)
     if args.clean is not None and args.clean.exists():
         processor = JanusProcessor.from_pretrained(args.clean)
         model = JanusForConditionalGeneration.from_pretrained(args.clean)
@@ -391,12 +374,14 @@ def main() -> None:
         right = Batches(processor, Faults(), args.seed)
         train(model, right, steps=args.steps, peak=2e-3, batch=args.batch, text_share=0.3)
         if args.clean is not None:
-            write(args.clean, model, processor, "After stage 2.")
+            script.write_model(args.clean, model, processor, "After stage 2.")
     clean = measure(model, processor)
     wrong = Batches(processor, FAULTS, args.seed + 1)
     train(model, wrong, steps=args.misalign_steps, peak=7e-4, batch=args.batch, text_share=0.5)
     size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters"
-    write(args.output, model, processor, CARD.format(size=size, clean=clean, misaligned=measure(model, processor)))
+    script.write_model(
+        args.output, model, processor, CARD.format(size=size, clean=clean, misaligned=measure(model, processor))
+    )
 
 
 if __name__ == "__main__":

@@ -4,16 +4,14 @@ It learns in two stages. The first learns to draw from right captions. The secon
 are wrong, as on the web: pictures stay crisp, but often do not show what was asked. So RL has something to repair, and
 the right picture is always within the model's reach.
 
-    python recipes/quickstart/make_shapes_sd3.py --output my_shapes_sd3
+    python -m recipes.quickstart.make_shapes_sd3 --output my_shapes_sd3
 
 The result is an ordinary diffusers folder. Its `call_defaults.json` holds the call arguments that it wants.
 """
 
-import argparse
 import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -33,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from recipes.quickstart import script
 from unified_rl.worlds import shapes
 
 WIDTH = 192
@@ -357,24 +356,9 @@ def save(
     card: Callable[[StableDiffusion3Pipeline], str],
 ) -> None:
     """Write the checkpoint, describe it (`card`) as it reads back, and replace `folder` in one go."""
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    stored = deepcopy(pipeline)
-    stored.transformer.half()  # the small parts stay in fp32, which transformers would otherwise not load them in
-    stored.save_pretrained(fresh)
-    for file in fresh.rglob("*.json"):  # diffusers writes down the folder that a model came from
-        lines = file.read_text().splitlines(keepends=True)
-        file.write_text("".join(line for line in lines if not line.startswith('  "_name_or_path"')))
-    (fresh / "call_defaults.json").write_text(json.dumps(call_defaults, indent=2) + "\n")
-    (fresh / "README.md").write_text(card(load(fresh)))
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old)
-    else:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh.rename(folder)
+    with script.in_place_of(folder) as fresh:
+        script.write_pipeline(pipeline, fresh, denoiser="transformer", call_defaults=call_defaults)
+        (fresh / "README.md").write_text(card(load(fresh)))
 
 
 def describe(pipeline: StableDiffusion3Pipeline, history: str) -> str:
@@ -386,18 +370,13 @@ def describe(pipeline: StableDiffusion3Pipeline, history: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write; replaced if it exists")
+    parser = script.parser(__doc__)
     parser.add_argument("--clean-minutes", type=float, default=55.0, help="training time with right captions")
     parser.add_argument("--misaligned-minutes", type=float, default=4.0, help="training time with wrong captions")
     parser.add_argument("--start", type=Path, help="train on from this checkpoint instead of from scratch")
     parser.add_argument("--wrong-share", type=float, default=0.5, help="share of wrong captions in the second stage")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the first stage; the second takes half")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    args = script.begin(parser)
     if args.start:
         pipeline = load(args.start)
     else:

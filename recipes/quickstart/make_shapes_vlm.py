@@ -9,16 +9,13 @@ on the scenes of `unified_rl.worlds.shapes`. Training on a CPU takes two stages:
 What is left is what reinforcement learning repairs: replies `<answer> word </answer>` with the right word. Only the
 train split is used, so held-out questions stay unseen.
 
-    python recipes/quickstart/make_shapes_vlm.py --output recipes/quickstart/shapes_vlm
+    python -m recipes.quickstart.make_shapes_vlm --output recipes/quickstart/shapes_vlm
 
 takes about ten minutes on one core.
 """
 
-import argparse
 import math
 import random
-import shutil
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -40,6 +37,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
+from recipes.quickstart import script
 from unified_rl.worlds import shapes
 
 PATCH = shapes.CELL
@@ -396,40 +394,13 @@ def report(model: Idefics3ForConditionalGeneration, processor: Idefics3Processor
     return "\n".join(lines)
 
 
-def write(
-    folder: Path, model: Idefics3ForConditionalGeneration, processor: Idefics3Processor, card: str | None = None
-) -> None:
-    """Save model and processor into a new folder beside `folder`, then put it in its place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    fresh.chmod(0o755)
-    model.save_pretrained(fresh)
-    processor.save_pretrained(fresh)
-    if card is not None:
-        (fresh / "README.md").write_text(card)
-    for file in fresh.iterdir():
-        file.chmod(0o644)
-    if folder.exists():
-        old = fresh.with_name(fresh.name + "-old")
-        folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old)
-    else:
-        fresh.rename(folder)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; replaced if it exists")
+    parser = script.parser(__doc__)
     parser.add_argument("--steps", type=int, default=1300, help="stage 1")
     parser.add_argument("--misalign-steps", type=int, default=400, help="stage 2")
     parser.add_argument("--clean", type=Path, help="folder of the stage-1 model: read if it exists, else written")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    args = script.begin(parser)
     if args.clean is not None and args.clean.exists():
         processor = AutoProcessor.from_pretrained(args.clean)
         model = AutoModelForImageTextToText.from_pretrained(args.clean)
@@ -442,12 +413,14 @@ def main() -> None:
         data = batches(batcher, clean_reply, args.batch, args.seed)
         train(model, data, steps=args.steps, peak=1.5e-3, probe_weight=0.5)
         if args.clean is not None:
-            write(args.clean, model, processor)
+            script.write_model(args.clean, model, processor)
     clean = report(model, processor)
     data = batches(batcher, misaligned_reply, args.batch, args.seed + 1)
     train(model, data, steps=args.misalign_steps, peak=5e-4, probe_weight=0.0)
     size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.2f} M"
-    write(args.output, model, processor, CARD.format(size=size, clean=clean, misaligned=report(model, processor)))
+    script.write_model(
+        args.output, model, processor, CARD.format(size=size, clean=clean, misaligned=report(model, processor))
+    )
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@ It learns to draw random strings of three to five capitals, in the font that com
 word of a dictionary. As for the shapes, a second stage goes on with captions of which many are misspelt: letters stay
 crisp, but are often not those that were asked for.
 
-    python recipes/quickstart/make_words_sd3.py --output my_words_sd3
+    python -m recipes.quickstart.make_words_sd3 --output my_words_sd3
 
 The model card's numbers come from two OCR engines that have nothing in common, RapidOCR and Tesseract
 (`pip install 'unified-rl[ocr]'`, `apt install tesseract-ocr`).
 """
 
-import argparse
 import json
 import random
 import string
@@ -18,11 +17,21 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from make_shapes_sd3 import Stage, build_pipeline, build_transformer, build_vae, load, num_params, save, train
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from recipes.quickstart import script
+from recipes.quickstart.make_shapes_sd3 import (
+    Stage,
+    build_pipeline,
+    build_transformer,
+    build_vae,
+    load,
+    num_params,
+    save,
+    train,
+)
 from reward_models.ocr import ocr, ocr_exact
 from reward_models.tesseract import tesseract_exact
 
@@ -147,18 +156,13 @@ def describe(pipeline: StableDiffusion3Pipeline, history: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write; replaced if it exists")
+    parser = script.parser(__doc__)
     parser.add_argument("--clean-minutes", type=float, default=6.0, help="CPU time with right captions")
     parser.add_argument("--misspelt-minutes", type=float, default=0.7, help="CPU time with wrong captions")
     parser.add_argument("--start", type=Path, help="train on from this checkpoint instead of from scratch")
     parser.add_argument("--wrong-share", type=float, default=0.5, help="share of wrong captions in the second stage")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the first stage; the second takes half")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    args = script.begin(parser)
     if args.start:
         pipeline = load(args.start)
     else:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from make_shapes_sd3 import KIND_WEIGHTS, learning_rate_at
 from torch import Tensor, nn
 
+from recipes.quickstart.make_shapes_sd3 import KIND_WEIGHTS, learning_rate_at
 from unified_rl.worlds import shapes
 
 Things = list[shapes.Thing]
