@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest = [word for word in rest if word not in arguments.overrides]
     if rest:
         parser.error(f"unknown argument {rest[0]}; see unified-rl {arguments.command} --help")
-    from unified_rl.errors import PeerError, RecipeError
+    from unified_rl.errors import ExploitedError, PeerError, RecipeError
 
     try:
         return COMMANDS[arguments.command](arguments)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from unified_rl.plain_text import clean, redact
 
         # Not Python's own way: user code puts keys and terminal sequences into its messages.
-        lines = [] if isinstance(error, PeerError) else traceback.format_exception(error)
+        lines = [] if isinstance(error, ExploitedError | PeerError) else traceback.format_exception(error)
         sys.stderr.write(clean(redact(f"{''.join(lines)}error: {type(error).__name__}: {error}\n")))
         return FAILED
     except KeyboardInterrupt:
@@ -155,7 +155,7 @@ def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--checkpoint",
         metavar="newest|best|STEP",
         default="newest",
-        help="best: by the exam's reward; default: newest",
+        help="best: by guard.judge, else the exam's reward; default: newest",
     )
 
 

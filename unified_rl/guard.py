@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from unified_rl.recipe.guard import Guard
 from unified_rl.types import Completion
 
 SIDE = 64
@@ -59,13 +60,18 @@ def statistics(completions: Sequence[Completion]) -> dict[str, float]:
     return {**(_of_pictures(pictures) if pictures else {}), **(_of_texts(texts) if texts else {})}
 
 
-def alarms(base: Mapping[str, float | None], now: Mapping[str, float | None], trained: Sequence[str]) -> list[str]:
-    """What an evaluation says against the base model's.
+def alarms(history: Sequence[Mapping[str, float | None]], trained: Sequence[str]) -> list[str]:
+    """What the last evaluation says against the earlier ones.
 
     Args:
-        base, now: rows of eval.jsonl.
+        history: the rows of eval.jsonl, that of the base model first.
         trained: the rewards with a weight other than 0; the others judge.
     """
+    return [*odd_looks(history[0], history[-1]), *fallen_judges(history, trained)]
+
+
+def odd_looks(base: Mapping[str, float | None], now: Mapping[str, float | None]) -> list[str]:
+    """The statistics that are far from the base model's."""
     found = []
     for name, meaning in MEANINGS.items():
         before, after = base.get(f"stats/{name}"), now.get(f"stats/{name}")
@@ -73,18 +79,42 @@ def alarms(base: Mapping[str, float | None], now: Mapping[str, float | None], tr
             continue
         if not before / FACTOR <= after <= before * FACTOR:
             found.append(f"{meaning} went from {before:.3g} to {after:.3g}: look whether the reward is being exploited")
-    before, after = base.get("reward"), now.get("reward")
-    if before is None or after is None or after <= before:
-        return found
-    for key in base:
+    return found
+
+
+def fallen_judges(history: Sequence[Mapping[str, float | None]], trained: Sequence[str]) -> list[str]:
+    """The rewards that are not trained on and are lower than at their best evaluation so far, by more than two standard
+    errors, while the trained reward is higher than it was then."""
+    now, found = history[-1], []
+    for key, value in now.items():
         name = key.removeprefix("rewards/").removesuffix("/mean")
-        was, is_now, spread = base[key], now.get(key), base.get(f"rewards/{name}/std")
-        if not key.endswith("/mean") or name in trained or was is None or is_now is None or spread is None:
+        if not key.endswith("/mean") or name in trained or value is None:
+            continue
+        known = [(was, row) for row in history[:-1] if (was := row.get(key)) is not None]
+        if not known:
+            continue
+        was, best = max(known, key=lambda pair: pair[0])
+        reward, before = now.get("reward"), best.get("reward")
+        spread = best.get(f"rewards/{name}/std")
+        if reward is None or before is None or spread is None or reward <= before:
             continue
         noise = 2.0 * spread / math.sqrt(max(now.get("num_samples") or 1.0, 1.0))
-        if was - is_now > max(noise, 1e-9):
-            found.append(f"{name}, which is not trained on, fell from {was:.3g} to {is_now:.3g} while the reward rose")
+        if was - value > max(noise, 1e-9):
+            since = f" (step {best['step']})" if best is not history[0] else ""
+            found.append(
+                f"{name}, which is not trained on, fell from {was:.3g}{since} to {value:.3g} while the reward rose"
+            )
     return found
+
+
+def exploited(history: Sequence[Mapping[str, float | None]], trained: Sequence[str], guard: Guard) -> str:
+    """Why the run has to end, as its recipe's guard asks; "" if it may go on. A function of the evaluations alone, so
+    that a resumed run decides as an unbroken one."""
+    if guard.action == "warn" or len(history) <= guard.patience:
+        return ""
+    look = alarms if guard.alarms == "all" else fallen_judges
+    recent = [look(history[: len(history) - earlier], trained) for earlier in range(guard.patience)]
+    return "; ".join(recent[0]) if all(recent) else ""
 
 
 def _of_pictures(pictures: Sequence[Image.Image]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from unified_rl.engine import distributed
 from unified_rl.engine.watch import enter
 from unified_rl.errors import PeerError, RecipeError
 from unified_rl.evaluate import evaluate
-from unified_rl.guard import alarms
+from unified_rl.guard import alarms, exploited
 from unified_rl.methods import plan_windows
 from unified_rl.metrics import peak_mib, reward_metrics
 from unified_rl.prepare import Prepared, prepare
@@ -36,7 +36,7 @@ from unified_rl.resample import replace_tied
 from unified_rl.rollout import Rollout, roll_out, shown
 from unified_rl.run_folder.random_state import seed_all
 from unified_rl.run_folder.resume import Position, resume
-from unified_rl.run_folder.saving import Saver, is_due
+from unified_rl.run_folder.saving import Saver, end_exploited, is_due
 from unified_rl.run_folder.tracking import open_run, read_jsonl
 from unified_rl.snapshots import TRAINED
 from unified_rl.stopping import UNASKED, Abandoned, StopSignal
@@ -50,9 +50,9 @@ DONE = 0
 def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
     """Train from a position between two rollouts to the recipe's end; returns the exit code."""
     recipe, policy, engine = parts.recipe, parts.policy, parts.engine
-    step, index, held_out, skipped = at.step, at.rollout, None, 0
+    step, index, held_out, skipped, reason = at.step, at.rollout, None, 0, ""
     saver = Saver(parts, at.step)
-    while step < recipe.num_steps and not stop.requested():
+    while step < recipe.num_steps and not reason and not stop.requested():
         sent = engine.comm_bytes
         try:
             rollout, prepared, row = collect(parts, index, stop)
@@ -77,8 +77,8 @@ def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
             changed["comm/bytes"], sent = engine.comm_bytes - sent, engine.comm_bytes
             log_step(parts, step, {**row, **changed, **coefs}, time.perf_counter() - started, first=number == 0)
             exam_due = step % recipe.evaluation.every == 0 or step == recipe.num_steps
-            held_out = examine(parts, step) if parts.exam and exam_due else None
-            if step == recipe.num_steps or has_left(recipe, changed):
+            held_out, reason = examine(parts, step) if parts.exam and exam_due else (None, "")
+            if step == recipe.num_steps or reason or has_left(recipe, changed):
                 break
         parts.snapshots.tick("rollout")
         index += 1
@@ -89,6 +89,8 @@ def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
     if step < recipe.num_steps:
         saver.save(step, index, held_out)
     saver.check_saved(step)
+    if reason:
+        return end_exploited(parts, step, reason)
     return stop.exit_code if step < recipe.num_steps else DONE
 
 
@@ -233,22 +235,29 @@ def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: flo
     parts.console.metrics(complete)
 
 
-def examine(parts: Parts, step: int) -> float:
-    """Evaluate on the held-out prompts; write the numbers, samples, and what is suspicious about them; returns the mean
-    reward."""
+def examine(parts: Parts, step: int) -> tuple[float, str]:
+    """Evaluate on the held-out prompts; write the numbers, samples, and what is suspicious about them.
+
+    Returns:
+        What the best checkpoint has most of, and why the recipe's guard ends the run ("": it goes on).
+    """
     enter("evaluation")
+    guard, reason = parts.recipe.guard, ""
     with parts.snapshots.use(parts.recipe.evaluation.weights):
         metrics, rollout = evaluate(parts.policy, parts.rewards, parts.exam, parts.recipe, parts.console)
     parts.run.log_evaluation({"step": step, **metrics})
     if distributed.is_main():
         trained = [reward.name for reward in parts.rewards if reward.weight != 0]
-        for alarm in alarms(read_jsonl(parts.run.path / "eval.jsonl")[0], metrics, trained):
+        history = read_jsonl(parts.run.path / "eval.jsonl")
+        for alarm in alarms(history, trained):
             parts.run.log_event("warning", f"step {step}: {alarm}")
             parts.console.log(f"warning: {alarm}")
+        reason = exploited(history, trained, guard)
     parts.run.save_samples(step, shown(rollout, parts.recipe.evaluation.num_saved))
     means = [f"{key.split('/')[1]} {value:.3f}" for key, value in metrics.items() if key.endswith("/mean")]
     parts.console.log(f"held-out at step {step}: {', '.join(means)}")
-    return metrics["reward"]
+    held_out = metrics["reward" if guard.judge is None else f"rewards/{guard.judge}/mean"]
+    return held_out, distributed.gather_objects([reason])[0]
 
 
 def train(recipe: Recipe, output: Path, *, resume: str, allow: Sequence[str] = ()) -> int:

@@ -14,6 +14,7 @@ from unified_rl.policies.pipeline_table import PipelineRow, pipeline_table
 from unified_rl.recipe.block import Block
 from unified_rl.recipe.explain_method import method_lines
 from unified_rl.recipe.file import shipped_recipes
+from unified_rl.recipe.guard import Guard
 from unified_rl.recipe.objective import Objective
 from unified_rl.recipe.policy import PIPELINES, SAMPLING, DiffusionSampling
 from unified_rl.recipe.presets import PRESETS, SAMPLING_PRESETS
@@ -251,7 +252,9 @@ def _evaluation_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
             f" {evaluation.num_saved} saved each time",
         ),
     ]
-    return [*lines, ("sampling", _compact(evaluation.sampling))] if evaluation.sampling else lines
+    if evaluation.sampling:
+        lines.append(("sampling", _compact(evaluation.sampling)))
+    return [*lines, ("guard", _compact(_changed(recipe.guard)))] if _changed(recipe.guard) else lines
 
 
 def _reward_lines(recipe: Recipe) -> list[tuple[str, str]]:
@@ -266,9 +269,9 @@ def _reward_lines(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def _changed(reward: RewardBlock) -> dict[str, Any]:
-    """The other keys of a reward that are not at their default."""
-    return reward.model_dump(exclude_defaults=True, exclude={"name", "weight", "arguments"})
+def _changed(block: RewardBlock | Guard) -> dict[str, Any]:
+    """The other keys of a reward, or those of the guard, that are not at their default."""
+    return block.model_dump(exclude_defaults=True, exclude={"name", "weight", "arguments"})
 
 
 def _objective_lines(objective: Objective, counts: Plan) -> list[tuple[str, str]]:

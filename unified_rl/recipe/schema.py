@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from unified_rl.errors import nearest
 from unified_rl.recipe.block import Block
+from unified_rl.recipe.guard import Guard, guard_conflicts
 from unified_rl.recipe.method_rules import data_conflicts, method_conflicts
 from unified_rl.recipe.objective import Objective
 from unified_rl.recipe.objective_rules import refusals
@@ -121,6 +122,7 @@ class Recipe(Block):
     engine: EngineBlock = EngineBlock()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
 
     @property
     def samples_per_rollout(self) -> int:
@@ -141,7 +143,7 @@ class Recipe(Block):
             raise ValueError(f"minibatches: {self.minibatches} does not divide the {self.samples_per_rollout} samples")
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every one has weight 0, so there is nothing to train on; give one a weight")
-        for key, reason in data_conflicts(self):
+        for key, reason in (*data_conflicts(self), *guard_conflicts(self)):
             raise ValueError(f"{key}: {reason}")
         for reserved in {"trained", "ema"} & set(self.snapshots):
             raise ValueError(f"snapshots.{reserved}: the name is taken; the average has a block of its own, ema")

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -176,17 +176,18 @@ def _publish(staging: Path, final: Path, head: dict[str, Any], keep: int) -> Non
     staging.rename(final)
     _sync(final.parent)
     complete = list_checkpoints(final.parent.parent)
-    best = _best(complete)
+    best = best_checkpoint(final.parent.parent)
     for old in complete[:-keep]:
-        if old != best:
+        if best is None or old != best[0]:
             _remove(old)
 
 
-def _best(checkpoints: Sequence[Path]) -> Path | None:
-    """The one with the highest held-out reward, the earliest of equals; None if none was evaluated."""
-    rewards = {path: load_state(path).get("held_out") for path in checkpoints}
-    evaluated = {path: float(reward) for path, reward in rewards.items() if reward is not None}
-    return max(evaluated, key=lambda path: evaluated[path]) if evaluated else None
+def best_checkpoint(run_folder: Path) -> tuple[Path, float] | None:
+    """The complete checkpoint with the highest held-out number, and that number, the earliest of equals; None if none
+    was evaluated."""
+    rewards = {path: load_state(path).get("held_out") for path in list_checkpoints(run_folder)}
+    evaluated = [(path, float(reward)) for path, reward in rewards.items() if reward is not None]
+    return max(evaluated, key=lambda pair: pair[1]) if evaluated else None
 
 
 def set_aside_later(run_folder: Path, step: int) -> list[str]:

@@ -53,7 +53,7 @@ def export(
     """Write the weights of a run into the new folder `out`; returns the checkpoint that they are of.
 
     Args:
-        checkpoint: "newest", "best" (by the exam's reward) or a step.
+        checkpoint: "newest", "best" (by guard.judge, else the exam's reward) or a step.
 
     Raises:
         RecipeError: if the run, the checkpoint or such weights are not there, the format does not fit them, or `out`
@@ -63,7 +63,8 @@ def export(
         raise RecipeError(f"{run}: no run's folder, which holds recipe.yaml and checkpoints/")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"{out}: is there already; name a new folder")
-    chosen = choose(run, checkpoint)
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    chosen = choose(run, checkpoint, recipe.guard.judge)
     folder = chosen / ("policy" if weights == "trained" else weights)
     if not folder.is_dir():
         raise RecipeError(f"{chosen.name}: holds no {weights} weights; a run keeps them with the block ema")
@@ -71,15 +72,15 @@ def export(
         verify(chosen)
     except CheckpointError as error:
         raise RecipeError(str(error)) from error
-    source = Source(block=load_recipe(str(run / "recipe.yaml")).policy, folder=folder)
+    source = Source(block=recipe.policy, folder=folder)
     writer = _writer(source, form)
     out.mkdir(parents=True, exist_ok=True)
     writer(source, out)
     return chosen
 
 
-def choose(run: Path, checkpoint: str) -> Path:
-    """The folder of a run's checkpoint: "newest", "best" or a step.
+def choose(run: Path, checkpoint: str, judge: str | None = None) -> Path:
+    """The folder of a run's checkpoint: "newest", "best" (by the reward `judge`; None: by the trained one) or a step.
 
     Raises:
         RecipeError: if it is not there.
@@ -93,7 +94,8 @@ def choose(run: Path, checkpoint: str) -> Path:
     if checkpoint == "best":
         exams = run / "eval.jsonl"
         rows = [json.loads(line) for line in exams.read_text().splitlines()] if exams.is_file() else []
-        rewards = {row["step"]: row["reward"] for row in rows if row["step"] in found and row["reward"] is not None}
+        key = "reward" if judge is None else f"rewards/{judge}/mean"
+        rewards = {row["step"]: row[key] for row in rows if row["step"] in found and row[key] is not None}
         if not rewards:
             raise RecipeError(f"--checkpoint best: no checkpoint of {run} (steps {steps}) was examined; name a step")
         return found[max(rewards, key=lambda step: (rewards[step], step))]
