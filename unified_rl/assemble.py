@@ -19,6 +19,7 @@ from unified_rl.policies import build_policy, check_rows
 from unified_rl.policies.critic import add_critics
 from unified_rl.protocols import Console, EncodesAhead, Engine, Policy
 from unified_rl.recipe.schema import Recipe
+from unified_rl.recorder import Recorder
 from unified_rl.rewards.gradients import DifferentiableReward, load_differentiable
 from unified_rl.rewards.scoring import LoadedReward, load_rewards
 from unified_rl.run_folder.tracking import Run, make_console
@@ -42,6 +43,8 @@ class Parts:
     memory: Memory
     differentiable: Sequence[DifferentiableReward] = ()
     """Rewards whose gradient is trained on."""
+    recorder: Recorder | None = None
+    """Keeps the rollouts, if the recipe asks for it."""
     health: Health
 
 
@@ -67,6 +70,7 @@ def assemble(recipe: Recipe, run: Run) -> Parts:
     exam = load_exam(recipe)
     torch.manual_seed(recipe.seed)  # adapters are initialised at random
     policy = build_policy(recipe, distributed.device())
+    recorder = Recorder(run.path, policy, distributed.rank()) if recipe.record_rollouts else None
     if isinstance(policy, EncodesAhead):
         policy.encode_ahead(itertools.chain(sampler.every_prompt(), exam))
     if any(objective.advantage == "gae" for objective in recipe.objective.values()):
@@ -89,5 +93,6 @@ def assemble(recipe: Recipe, run: Run) -> Parts:
         console=make_console(distributed.rank() > 0, recipe.num_steps),
         memory=Memory(recipe),
         differentiable=load_differentiable(recipe.rewards, str(distributed.device())) if by_gradient else (),
+        recorder=recorder,
         health=Health(recipe),
     )

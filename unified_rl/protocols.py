@@ -113,6 +113,15 @@ class RecordingPolicy(Policy, Protocol):
 
 
 @runtime_checkable
+class TellsTokens(Policy, Protocol):
+    """A policy whose samples are tokens, which it can tell."""
+
+    def told(self, trajectory: Trajectory) -> list[Recorded]:
+        """What `RecordingPolicy.record` makes the same trajectory of."""
+        ...
+
+
+@runtime_checkable
 class DifferentiablePolicy(Policy, Protocol):
     """A policy whose pictures can be differentiated by its weights."""
 

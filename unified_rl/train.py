@@ -59,6 +59,9 @@ def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
         except Abandoned:
             break
         before = step
+        if parts.recorder is not None:
+            with distributed.agreed("recording a rollout"):
+                parts.recorder.write(index, rollout)
         for number, windows in enumerate(plan_updates(parts, prepared, index)):
             started = time.perf_counter()
             enter("update")
@@ -304,6 +307,8 @@ def start(parts: Parts, resume_from: str, allow: Sequence[str] = ()) -> Position
     begins = position == Position(step=0, rollout=0)
     parts.run.truncate(-1 if begins else position.step)
     parts.run.write_recipe(parts.recipe)
+    if parts.recorder is not None and distributed.is_main():
+        parts.recorder.forget(position.rollout)
     if parts.exam and begins:
         examine(parts, 0)
     return position

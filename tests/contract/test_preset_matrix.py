@@ -103,7 +103,7 @@ def test_a_preset_trains_each_family_that_it_fits(policies: Any, family: str, pr
         recipe=recipe,
         policy=policy,
         engine=engine,
-        snapshots=Snapshots(engine, {}),
+        snapshots=Snapshots(engine, recipe.all_snapshots),
         rewards=[reward_of(uneven, name="toy:reward")],
         sampler=sampler,
         exam=[],

@@ -193,6 +193,21 @@ def test_the_old_policy_is_the_snapshot(tmp_path: Path):
     torch.testing.assert_close(weight.grad, drift.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_the_preset_of_nft_brings_its_old_policy_with_it(tmp_path: Path):
+    filled = build_parts(tmp_path / "a", Denoiser([0.0]), objective={"preset": "diffusion_nft"}).recipe
+    assert filled.rollout_weights == "old" and filled.objective["all"].old_weights == "old"
+    assert filled.snapshots["old"].model_dump(exclude={"delay", "every"}) == {
+        "decay": 0.5, "warmup": "linear", "slope": 0.001, "clock": "rollout",
+    }  # fmt: skip
+    own = {"objective": {"preset": "diffusion_nft", "old_weights": "slow"}, "snapshots": {"slow": {"decay": 0.9}}}
+    kept = build_parts(tmp_path / "b", Denoiser([0.0]), **own).recipe
+    assert kept.rollout_weights == "trained" and list(kept.snapshots) == ["slow"]
+    (tmp_path / "r.jsonl").write_text("")
+    recorded = {"data": {"rollouts": str(tmp_path / "r.jsonl")}, "objective": {"preset": "diffusion_nft"}}
+    offline = build_parts(tmp_path / "c", Denoiser([0.0]), **recorded).recipe
+    assert offline.rollout_weights == "trained" and "old" in offline.snapshots
+
+
 def test_a_resumed_run_goes_on_exactly(tmp_path: Path):
     keys: dict[str, Any] = {
         **OLD, "epochs": 2, "num_steps": 12, "checkpoint": {"every": 1, "keep": 99},

@@ -16,9 +16,12 @@ from toys import Bandit, build_parts
 
 from unified_rl.assemble import build_sampler
 from unified_rl.data.recorded import load_recorded
+from unified_rl.data.sources import ImageCell
 from unified_rl.errors import RecipeError
+from unified_rl.recorder import Recorder
+from unified_rl.rollout import Rollout
 from unified_rl.train import StopSignal, collect, run_loop
-from unified_rl.types import Prompt, Recorded, Segment, Trajectory
+from unified_rl.types import Completion, Prompt, Recorded, Scores, Segment, Trajectory
 
 
 class Reader(Bandit):
@@ -179,6 +182,7 @@ def test_pictures_and_conditions_are_found_beside_the_file(tmp_path: Path):
         ({"data": {"prompts": "x", "rollouts": "y"}}, Reader, "data: give prompts to sample for, or rollouts"),
         ({"data": {}}, Reader, "data: give prompts to sample for, or rollouts"),
         ({"data": {"rollouts": "y"}, "resample": 2}, Reader, "resample: redraws samples"),
+        ({"data": {"rollouts": "y"}, "record_rollouts": True}, Reader, "record_rollouts: these samples are recorded"),
         (
             {"data": {"rollouts": "y"}},
             Denoiser,
@@ -205,3 +209,39 @@ def test_samples_that_lack_what_the_objective_needs_are_refused(tmp_path: Path):
     with pytest.raises(RecipeError, match=r"data\.rollouts: holds pictures"):
         reader_parts(tmp_path / "b", [{**row, "image": "../a.png"} for row in pictures], group_size=2,
                      objective={"preset": "best_of_n"})  # fmt: skip
+
+
+def test_columns_and_pictures_survive_a_recorded_rollout(tmp_path: Path):
+    """A prompt's messages, columns and pictures come back as they were; a NaN reward leaves its sample out."""
+    pictures = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
+    messages = [{"role": "user", "content": "a"}]
+    columns = {"level": 3, "mask_image": pictures[1]}
+    prompts = [
+        Prompt(text=messages, images=(pictures[0],), columns=columns, group_id=0, seed=seed) for seed in range(2)
+    ]
+    scores = torch.tensor([0.25, math.nan])
+    rollout = Rollout(
+        prompts=prompts,
+        trajectory=Trajectory(
+            group_ids=torch.zeros(2, dtype=torch.int64),
+            segments={},
+            completions=[Completion(text=None, images=(pictures[2],))] * 2,
+            policy_version=0,
+        ),
+        scores=Scores(total=scores, breakdown={"r": scores}, shaped={"r": scores}, report={}),
+        seconds=(0.0, 0.0),
+    )
+    recorder = Recorder(tmp_path, Bandit([0.0]), 0)
+    recorder.write(0, rollout)
+    recorder.write(1, rollout)
+    recorder.forget(1)
+    (group,) = load_recorded(str(tmp_path), {"r": 1.0}, 2)
+    assert group.row["prompt"] == messages and group.row["level"] == 3
+    assert [sample.reward for sample in group.samples] == pytest.approx([0.25, math.nan], nan_ok=True)
+    found = [ImageCell(Path(group.row["images"][0]), "").open(), group.row["mask_image"].open()]
+    assert [image.getpixel((0, 0)) for image in found] == [(255, 0, 0), (0, 128, 0)]
+    assert group.samples[0].picture is not None and group.samples[0].picture.open().getpixel((1, 1)) == (0, 0, 255)
+    for bad, message in (({"reward": 1}, "called reward"), ({"when": math.pi * 1j}, "column when")):
+        wrong = replace(rollout, prompts=[replace(prompt, columns=bad) for prompt in prompts])
+        with pytest.raises(RecipeError, match=message):
+            recorder.write(2, wrong)

@@ -79,7 +79,7 @@ class PromptSampler:
         """A hash of all rows, to notice on resume that they are others."""
         digest = hashlib.sha256()
         for row in self._rows:
-            digest.update(json.dumps(row, sort_keys=True, default=_stable).encode())
+            digest.update(json.dumps(row, sort_keys=True, default=stable).encode())
         return digest.hexdigest()
 
     def row_at(self, position: int) -> int:
@@ -110,7 +110,7 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _stable(value: object) -> str:
+def stable(value: object) -> str:
     """What JSON does not know, as text that is the same in every process (of pictures in memory, their size)."""
     if isinstance(value, ImageCell):
         value = value.value

@@ -1,4 +1,5 @@
-"""Recorded samples in place of a policy's own: a .jsonl, or the samples of a run's folder.
+"""Recorded samples in place of a policy's own: a .jsonl, or a run's folder with recorded rollouts (`recorder`) or, if
+it has none, samples.
 
 A line has a `prompt` (text or chat messages) and either one sample (`text` or `image`, with its `reward`, or with
 `rewards` by name as a run's folder has them) or two (`chosen` and `rejected`, or `chosen_image` and `rejected_image`).
@@ -14,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unified_rl.data.prompts import PromptSampler
-from unified_rl.data.sources import ImageCell, image_cells
+from unified_rl.data.prompts import PromptSampler, stable
+from unified_rl.data.sources import ImageCell, image_cells, media_cells, media_columns
 from unified_rl.errors import RecipeError
 from unified_rl.recipe.schema import Recipe
 from unified_rl.types import Prompt
 
 OWN = {"text", "image", "images", "reward", "rewards", "token_ids", "log_probs", "seed", "condition_images"}
 PAIR = ("chosen", "rejected")
+PAIRED = (*PAIR, *(f"{name}_image" for name in PAIR))
+TAKEN = {*OWN, *PAIRED}
+"""Names that no column of a prompt can have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +69,7 @@ def load_recorded(source: str, weights: Mapping[str, float], group_size: int) ->
             if line.strip():
                 place = f"data.rollouts: {file.name}:{number}"
                 row, samples = _read(line, place, file.parent, weights)
-                key = json.dumps(row, sort_keys=True, default=str)
+                key = json.dumps(row, sort_keys=True, default=stable)
                 groups.setdefault(key, RecordedGroup(row=row, samples=[])).samples.extend(samples)
                 places.setdefault(key, place)
     if not groups:
@@ -140,9 +144,9 @@ class RecordedSampler(PromptSampler):
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(path.glob("samples/step_*/samples.jsonl"))
+        files = sorted(path.glob("rollouts/rollout_*.jsonl")) or sorted(path.glob("samples/step_*/samples.jsonl"))
         if not files:
-            raise RecipeError(f"data.rollouts: {path} is no run's folder with samples")
+            raise RecipeError(f"data.rollouts: {path} is no run's folder with rollouts or samples")
         return files
     if not path.is_file():
         raise RecipeError(f"data.rollouts: no file {path}")
@@ -160,11 +164,13 @@ def _read(
         raise RecipeError(f"{place}: not JSON: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("prompt"), str | list):
         raise RecipeError(f"{place}: needs an object with a prompt (text, or chat messages)")
-    paired = [name for name in (*PAIR, *(f"{name}_image" for name in PAIR)) if name in raw]
+    paired = [name for name in PAIRED if name in raw]
     row = {name: value for name, value in raw.items() if name not in OWN and name not in paired}
     conditions = raw.get("condition_images") or []
     if conditions:
         row["images"] = [str((folder / path).resolve()) for path in conditions]
+    for name in media_columns(row):
+        row[name] = media_cells(name, row[name], place, folder)
     if not paired:
         return row, [_sample(raw, place, folder, _reward(raw, place, weights))]
     if paired not in (list(PAIR), [f"{name}_image" for name in PAIR]):
@@ -190,6 +196,8 @@ def _sample(raw: Mapping[str, Any], place: str, folder: Path, reward: float | No
 def _reward(raw: Mapping[str, Any], place: str, weights: Mapping[str, float]) -> float | None:
     if "reward" in raw:
         value = raw["reward"]
+        if value is None:
+            return math.nan
         if not isinstance(value, int | float):
             raise RecipeError(f"{place}: reward {value!r} is no number")
         return float(value)

@@ -99,7 +99,7 @@ def media_columns(row: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in row if str(name).endswith("_image") or re.search(r"(^|_)video$", str(name))]
 
 
-def _media_cells(name: str, value: Any, place: str, folder: Path) -> ImageCell | list[ImageCell]:
+def media_cells(name: str, value: Any, place: str, folder: Path) -> ImageCell | list[ImageCell]:
     """A `..._image` column's picture, or the frames of a video, none decoded."""
     if name.endswith("_image"):
         return value if isinstance(value, ImageCell) else _image_cell(value, place, folder)
@@ -211,7 +211,7 @@ def _checked(row: Any, place: str, folder: Path) -> Row:
     cells = image_cells(row, place, folder)
     checked = {str(name): value for name, value in row.items() if name not in ("image", "images")}
     for name in media_columns(checked):
-        checked[name] = _media_cells(name, checked[name], place, folder)
+        checked[name] = media_cells(name, checked[name], place, folder)
     return {**checked, "images": cells} if cells else checked
 
 

@@ -40,7 +40,7 @@ from unified_rl.policies.savings import recomputing
 from unified_rl.policies.sharded import is_sharded
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.teacher_forcing import can_share, plain_logits, shared_logits
-from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds, recorded_tokens
+from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds, recorded_tokens, told_tokens
 from unified_rl.recipe.policy import PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
@@ -180,6 +180,10 @@ class CausalLMPolicy:
             for row, each in zip(rows, recorded, strict=True)
         ]
         return self._trajectory(prompts, self._inputs.prepare_all(prompts, self._settings[False]), rows, known)
+
+    def told(self, trajectory: Trajectory) -> list[Recorded]:
+        """The tokens of texts and their log-probs: the inverse of `record`."""
+        return told_tokens(trajectory.segments[SEGMENT], trajectory.completions)
 
     def _trajectory(
         self, prompts: Sequence[Prompt], inputs: list[Inputs], rows: list[Tensor], log_probs: list[Tensor]

@@ -11,7 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from unified_rl.errors import RecipeError
 from unified_rl.recipe.policy import TokenSampling
-from unified_rl.types import Prompt, Recorded
+from unified_rl.types import Completion, Prompt, Recorded, Segment
 
 MAX_PICTURE_SIDE = 16_384
 """Pixels; a larger picture is refused before a processor allocates for it."""
@@ -176,3 +176,13 @@ def recorded_tokens(recorded: Recorded, tokenizer: Any, end_id: int) -> Tensor:
         return torch.tensor(recorded.token_ids)
     own = tokenizer(recorded.completion.text, add_special_tokens=False)["input_ids"]
     return torch.tensor([*own, end_id])
+
+
+def told_tokens(segment: Segment, completions: Sequence[Completion]) -> list[Recorded]:
+    """Drawn tokens and their log-probs, row by row."""
+    return [
+        Recorded(completion=completion, token_ids=tokens.tolist(), log_probs=known[: len(tokens)].tolist())
+        for completion, tokens, known in zip(
+            completions, segment.actions["tokens"], segment.rollout_log_probs, strict=True
+        )
+    ]

@@ -17,7 +17,7 @@ from unified_rl.recipe.file import shipped_recipes
 from unified_rl.recipe.guard import Guard
 from unified_rl.recipe.objective import Objective
 from unified_rl.recipe.policy import PIPELINES, SAMPLING, DiffusionSampling
-from unified_rl.recipe.presets import PRESETS, SAMPLING_PRESETS
+from unified_rl.recipe.presets import PRESETS, RECIPE_PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.recipe.schema import Recipe
 from unified_rl.recipe.step_counts import trained_segments, trained_steps
@@ -133,14 +133,16 @@ def listing(kind: str) -> str:
     elif kind == "objectives":
         lines = _key_lines(Objective)
     elif kind == "presets":
-        lines = [(name, f"{paper}: {_compact(keys)}{_sampling_keys(name)}") for name, (paper, keys) in PRESETS.items()]
+        lines = [(name, f"{paper}: {_compact(keys)}{_other_keys(name)}") for name, (paper, keys) in PRESETS.items()]
     else:
         lines = [(path.stem, _first_comment(path.read_text(encoding="utf-8"))) for path in shipped_recipes()]
     return _aligned(lines, indent="")
 
 
-def _sampling_keys(preset: str) -> str:
-    return f"; policy.sampling: {_compact(SAMPLING_PRESETS[preset][1])}" if preset in SAMPLING_PRESETS else ""
+def _other_keys(preset: str) -> str:
+    """What a preset fills in beside the objective."""
+    sampling = f"; policy.sampling: {_compact(SAMPLING_PRESETS[preset][1])}" if preset in SAMPLING_PRESETS else ""
+    return sampling + (f"; {_compact(RECIPE_PRESETS[preset])}" if preset in RECIPE_PRESETS else "")
 
 
 def _pipeline_line(row: PipelineRow) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.recipe.objective import Objective
 from unified_rl.recipe.policy import IMAGE_TOKEN_MODELS, MASKED_PIPELINES, SAMPLING, exam_sampling
-from unified_rl.recipe.presets import PRESETS, SAMPLING_PRESETS
+from unified_rl.recipe.presets import PRESETS, RECIPE_PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe.schema import Recipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
@@ -96,6 +96,7 @@ def parse_recipe(raw: dict, folder: Path) -> Recipe:
             reward["name"] = locate(reward["name"].rstrip("/"), folder)
     raw["objective"] = _resolve_objective(raw.get("objective") or {})
     for objective in raw["objective"].values():
+        _fill_recipe(raw, objective)
         for key in ("loss", "method", "beside"):
             if isinstance(objective.get(key), str) and ":" in objective[key]:
                 objective[key] = locate(objective[key], folder)
@@ -166,6 +167,21 @@ def _fill_sampling(policy: dict, preset: str) -> None:
             " use grpo"
         )
     policy["sampling"] = {**keys, **policy["sampling"]}
+
+
+def _fill_recipe(raw: dict, objective: dict) -> None:
+    """What a preset says about the whole recipe; keys of the recipe win."""
+    preset = str(objective.get("preset"))
+    if preset not in RECIPE_PRESETS or objective.get("old_weights") != PRESETS[preset][1].get("old_weights"):
+        return
+    keys = dict(RECIPE_PRESETS[preset])
+    if isinstance(raw.get("data"), dict) and raw["data"].get("rollouts") is not None:
+        del keys["rollout_weights"]  # recorded samples are drawn by no weights
+    given = raw.get("snapshots") or {}
+    if isinstance(given, dict):
+        raw["snapshots"] = {**keys.pop("snapshots"), **given}
+    for key, value in keys.items():
+        raw.setdefault(key, value)
 
 
 def _resolve_sampling(raw: dict, family: str, where: str) -> dict:

@@ -16,9 +16,10 @@ METHOD_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {"method": "sft", "advantage": "exponential", "temperature": 1.0},
     ),
     "diffusion_nft": (
-        "Zheng et al. 2025, DiffusionNFT, arXiv 2509.16117 (its old policy is a snapshot, see docs/objectives.md)",
+        "Zheng et al. 2025, DiffusionNFT, arXiv 2509.16117 (the old policy follows by 0.001 x rollout, up to a half)",
         {
             "method": "nft",
+            "old_weights": "old",
             "advantage": "global_std",
             "advantage_clip": 5.0,
             "mix_coef": 1.0,

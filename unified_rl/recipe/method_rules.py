@@ -81,6 +81,10 @@ def method_conflicts(objective: "Objective", recipe: "Recipe") -> Iterator[tuple
 def data_conflicts(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     """(key path, reason and alternative) for what recorded samples, or the lack of them, rule out."""
     data = recipe.data
+    if recipe.record_rollouts and recipe.policy.family not in ("causal_lm", "diffusion"):
+        yield "record_rollouts", f"{recipe.policy.family} policies cannot train on recorded samples; leave it out"
+    if recipe.record_rollouts and data.rollouts is not None:
+        yield "record_rollouts", "these samples are recorded already; leave it out"
     kinds = {kind for objective in recipe.objective.values() for kind in objective.kinds}
     if bool(data.prompts) == (data.rollouts is not None):
         yield "data", "give prompts to sample for, or rollouts that were recorded; one of them"

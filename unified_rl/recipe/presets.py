@@ -232,3 +232,12 @@ SAMPLING_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "uni_grpo": ("masked_diffusion", {"estimator": "random_mask"}),
 }
 """Of presets that are also about how a family samples: the family, and keys of `policy.sampling` that they fill in."""
+
+RECIPE_PRESETS: dict[str, dict[str, Any]] = {
+    "diffusion_nft": {
+        "snapshots": {"old": {"decay": 0.5, "warmup": "linear", "slope": 0.001, "clock": "rollout"}},
+        "rollout_weights": "old",
+    },
+}
+"""Of presets that are also about the whole recipe: keys that they fill in beside the objective. `old_weights` of a
+recipe that names other weights switches them off."""

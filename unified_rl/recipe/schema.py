@@ -119,6 +119,9 @@ class Recipe(Block):
     """Further copies of the trained weights, by name, for rollout_weights and objectives that compare with one."""
     rollout_weights: str = "trained"
     """Which weights draw rollouts: trained, ema, or a name of snapshots."""
+    record_rollouts: bool = False
+    """Keep all samples of all rollouts in the run's folder, with rewards, tokens and log-probs, for `data.rollouts` of
+    a later run."""
     engine: EngineBlock = EngineBlock()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()

@@ -104,7 +104,7 @@ class RunFolder:
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write recipe.yaml, which `load_recipe` reads back to an equal recipe."""
-        _replace(self.path / "recipe.yaml", dump_recipe(recipe))
+        write_whole(self.path / "recipe.yaml", dump_recipe(recipe))
 
     def log_metrics(self, row: Mapping[str, float | int | None]) -> None:
         """Append one optimiser step to metrics.jsonl; NaN and infinities become null."""
@@ -129,9 +129,9 @@ class RunFolder:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        lines = [_dumps(_save_sample(folder, f"{index:03d}", row)) for index, row in enumerate(rows)]
+        lines = [to_json(_save_sample(folder, f"{index:03d}", row)) for index, row in enumerate(rows)]
         # last, so that a folder with samples.jsonl is complete
-        _replace(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+        write_whole(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
 
     def truncate(self, step: int) -> None:
         """Forget metrics, evaluations and samples of later steps, which a resumed run repeats; -1 forgets all. Events
@@ -140,7 +140,7 @@ class RunFolder:
             file = self.path / name
             if file.is_file():
                 kept = [row for row in read_jsonl(file) if row["step"] <= step]
-                _replace(file, "".join(f"{_dumps(row)}\n" for row in kept))
+                write_whole(file, "".join(f"{to_json(row)}\n" for row in kept))
         for later, folder in sample_folders(self.path):
             if later > step:
                 shutil.rmtree(folder)
@@ -340,17 +340,17 @@ def _save_images(images: Sequence[Image.Image], folder: Path, name: Callable[[in
 
 def _append(file: Path, row: Mapping[str, Any]) -> None:
     with file.open("a", encoding="utf-8") as stream:
-        stream.write(_dumps(row) + "\n")
+        stream.write(to_json(row) + "\n")
 
 
-def _replace(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one and never a part."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 
-def _dumps(row: Mapping[str, Any]) -> str:
+def to_json(row: Mapping[str, Any]) -> str:
     return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
 
 
