@@ -69,16 +69,25 @@ def trained_rows(num_rows: int, minibatch: int, minibatches: int) -> range:
     return range(minibatch, num_rows, minibatches)
 
 
+def used_steps(segment: Segment) -> list[int]:
+    """The steps with a random decision in any row of any process: a policy that evaluates one step a forward must make
+    as many forwards everywhere. Where segments differ in length (tokens, all in one forward), those of this process."""
+    used = segment.loss_mask.any(0).float().tolist()
+    longest, shortest = distributed.max_over_ranks([float(len(used)), -float(len(used))])
+    anywhere = distributed.max_over_ranks(used) if longest == -shortest else used
+    return [step for step, decided in enumerate(anywhere) if decided]
+
+
 def chosen_steps(name: str, segment: Segment, recipe: Recipe, index: int, number: int) -> list[int]:
     """The steps of update `number` of rollout `index`: those with a random decision in any row, or `train_steps` of
     them, drawn anew for each update.
 
-    The draw is a function of the recipe's seed and the numbers, the same on every process; only fixed-length segments
-    may draw.
+    The draw is a function of the recipe's seed and the numbers, the same on every process; only segments of as many
+    columns everywhere may draw.
     """
     objective = recipe.objective_for(name)
     rng = random.Random(f"{recipe.seed}/{index}/{number}/{name}")
-    stochastic = segment.loss_mask.any(0).nonzero().flatten().tolist()
+    stochastic = used_steps(segment)
     if objective.train_steps is None or objective.train_steps >= len(stochastic):
         return stochastic
     return sorted(rng.sample(stochastic, objective.train_steps))
@@ -197,7 +206,7 @@ def make_anchor(policy: Policy, name: str, segment: Segment, recipe: Recipe, ind
         kl = torch.zeros(shape)
     with_means = objective.loss in GAUSSIAN_LOSSES
     if with_kl or objective.correction.level != "token" or objective.advantage == "gae":
-        steps = segment.loss_mask.any(0).nonzero().flatten().tolist()
+        steps = used_steps(segment)
     else:
         draws = [chosen_steps(name, segment, recipe, index, number) for number in range(recipe.updates_per_rollout)]
         steps = sorted({step for draw in draws for step in draw})

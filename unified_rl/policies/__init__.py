@@ -36,6 +36,10 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
             return pipeline.load(
                 block, evaluation=evaluation, with_reference=with_reference, device=device, seed=recipe.seed
             )
+        if block.family == "masked_text":
+            from unified_rl.policies.masked_text import MaskedTextPolicy
+
+            return MaskedTextPolicy.load(block, evaluation=evaluation, with_reference=with_reference, device=device)
         from unified_rl.policies.causal_lm import CausalLMPolicy
         from unified_rl.policies.image_tokens import ImageTokensPolicy
 

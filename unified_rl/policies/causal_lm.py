@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from unified_rl.errors import RecipeError
-from unified_rl.policies.categorical_head import CategoricalHead, processors, score
+from unified_rl.policies.categorical_head import CategoricalHead, processors, score, suppressed_ids
 from unified_rl.policies.frozen_tower import find_towers, remember
 from unified_rl.policies.hidden_states import catching, of_completions
 from unified_rl.policies.lora import lora_config, select_trained
@@ -88,7 +88,7 @@ class CausalLMPolicy:
         self._end_ids = _end_ids(model.generation_config, self._tokenizer)
         pad_id = self._tokenizer.pad_token_id
         self._inputs = TextInputs(processor, pad_id if pad_id is not None else self._end_ids[0])
-        self._suppressed = _suppressed_ids(model, self._tokenizer, self._end_ids)
+        self._suppressed = suppressed_ids(model, self._tokenizer, self._end_ids)
         # generate() fills what a call leaves open from the model's own generation config (repetition penalties,
         # top-k...): those would change the distribution behind the recipe's back.
         model.generation_config = GenerationConfig(eos_token_id=self._end_ids, pad_token_id=self._inputs.pad_id)
@@ -386,15 +386,3 @@ def _end_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> li
     if given is None:
         raise RecipeError("policy.model: neither its generation config nor its tokenizer names an end token")
     return [int(given)] if isinstance(given, int) else [int(token) for token in given]
-
-
-def _suppressed_ids(model: Any, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> list[int]:
-    """Tokens that are never sampled: special and image tokens (a sampled image token breaks the next forward), and ids
-    beyond the tokenizer's vocabulary that padding of the embedding created."""
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special |= set(tokenizer.all_special_ids)
-    named = model.config.to_dict()
-    special |= {value for key, value in named.items() if re.search(r"(image|video|vision).*token_(id|index)$", key)}
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    beyond = range(len(tokenizer), vocabulary)
-    return sorted((special | set(beyond)) - set(end_ids) - {None})

@@ -16,7 +16,7 @@ from unified_rl.recipe.explain_method import method_lines
 from unified_rl.recipe.file import shipped_recipes
 from unified_rl.recipe.guard import Guard
 from unified_rl.recipe.objective import Objective
-from unified_rl.recipe.policy import PIPELINES, SAMPLING, DiffusionSampling
+from unified_rl.recipe.policy import PIPELINES, SAMPLING, STEPWISE, DiffusionSampling
 from unified_rl.recipe.presets import PRESETS, RECIPE_PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.recipe.schema import Recipe
@@ -61,6 +61,7 @@ _POLICIES = {
     "diffusion": "any diffusers pipeline of the flow-matching or DDPM/DDIM family (a folder with model_index.json)",
     "causal_lm": "any transformers generator, text or vision-language (a folder with config.json)",
     "masked_diffusion": "a diffusers pipeline that fills in tokens (aMUSEd: a folder with model_index.json)",
+    "masked_text": "a text denoiser: LLaDA2, DiffusionGemma, masked language models (a folder with config.json)",
     "image_tokens": "a transformers model that draws with tokens (Janus, Janus-Pro, Emu3), and may think first",
 }
 
@@ -88,7 +89,7 @@ def plan(recipe: Recipe) -> Plan:
     windows = math.ceil(per_update / recipe.engine.micro_batch)
     num_rollouts = math.ceil(recipe.num_steps / recipe.updates_per_rollout)
     steps = trained_steps(recipe)
-    if recipe.policy.family in PIPELINES and steps is not None:
+    if recipe.policy.family in STEPWISE and steps is not None:
         windows *= steps  # one forward for each denoising step
     else:
         windows *= len(trained_segments(recipe))
@@ -206,7 +207,7 @@ def _memory_lines(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _work_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
-    per_trajectory = "denoising steps" if recipe.policy.family in PIPELINES else "tokens"
+    per_trajectory = "denoising steps" if recipe.policy.family in STEPWISE else "tokens"
     steps = "all" if counts.steps_trained is None else f"at most {counts.steps_trained}"
     return [
         ("rollout", f"{recipe.prompts_per_step} prompts x {recipe.group_size} = {counts.samples_per_rollout} samples"),

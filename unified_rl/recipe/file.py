@@ -13,7 +13,14 @@ from pydantic import BaseModel, ValidationError
 
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.recipe.objective import Objective
-from unified_rl.recipe.policy import IMAGE_TOKEN_MODELS, MASKED_PIPELINES, SAMPLING, exam_sampling
+from unified_rl.recipe.policy import (
+    IMAGE_TOKEN_MODELS,
+    MASKED_PIPELINES,
+    MASKED_TEXT_ENDING,
+    MASKED_TEXT_MODELS,
+    SAMPLING,
+    exam_sampling,
+)
 from unified_rl.recipe.presets import PRESETS, RECIPE_PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe.schema import Recipe
 
@@ -21,7 +28,8 @@ RECIPES = Path(__file__).parent.parent.parent / "recipes"
 """Where the recipes that ship with the project lie; they may be named without their path."""
 
 
-_OURS = {"all", "DiffusionSampling", "TextSampling", "ImageTokenSampling", "MaskedDiffusionSampling"}
+_OURS = {"all", "DiffusionSampling", "TextSampling", "ImageTokenSampling"}
+_OURS |= {"MaskedDiffusionSampling", "MaskedTextSampling"}
 """Parts of pydantic's locations that no user wrote: our key for all segments, and the members of a union."""
 PARTS = ("kl", "correction", "critic", "reward_gradient")
 """Keys of an objective that are blocks themselves."""
@@ -160,11 +168,11 @@ def _fill_sampling(policy: dict, preset: str) -> None:
     """What a preset says about how a family samples; keys of the recipe win."""
     if preset not in SAMPLING_PRESETS:
         return
-    family, keys = SAMPLING_PRESETS[preset]
-    if policy["family"] != family:
+    families, keys = SAMPLING_PRESETS[preset]
+    if policy["family"] not in families:
         raise RecipeError(
-            f"objective.preset: {preset} sets {', '.join(keys)} of {family} policies, this is {policy['family']};"
-            " use grpo"
+            f"objective.preset: {preset} sets {', '.join(keys)} of {' or '.join(families)} policies,"
+            f" this is {policy['family']}; use grpo"
         )
     policy["sampling"] = {**keys, **policy["sampling"]}
 
@@ -209,13 +217,17 @@ def _family_of(folder: Path) -> str:
             else "diffusion"
         )
     if (folder / "config.json").is_file():
-        return "image_tokens" if _named(folder / "config.json", "model_type") in IMAGE_TOKEN_MODELS else "causal_lm"
+        model_type = _named(folder / "config.json", "model_type")
+        architectures = _named(folder / "config.json", "architectures") or [""]
+        if model_type in MASKED_TEXT_MODELS or str(architectures[0]).endswith(MASKED_TEXT_ENDING):
+            return "masked_text"
+        return "image_tokens" if model_type in IMAGE_TOKEN_MODELS else "causal_lm"
     if folder.is_absolute() or folder.parts[:1] == (".",):
         raise RecipeError(f"policy.model: {folder} has neither model_index.json (diffusers) nor config.json")
     raise RecipeError(f"policy.model: no folder {folder}; for a hub name, say policy.family: {' or '.join(SAMPLING)}")
 
 
-def _named(file: Path, key: str) -> str | None:
+def _named(file: Path, key: str) -> Any:
     """A value of a model's JSON file, None if it has none."""
     try:
         return json.loads(file.read_text(encoding="utf-8")).get(key)

@@ -16,7 +16,7 @@ SEQUENCE_RATIOS = ("sequence", "sequence_token", "sequence_product")
 """Ratios that need all steps of a row in one forward."""
 ALL_AT_ONCE = {"causal_lm", "image_tokens"}
 """Families that evaluate all steps of a sequence in one forward."""
-CATEGORICAL = ALL_AT_ONCE | {"masked_diffusion"}
+CATEGORICAL = ALL_AT_ONCE | {"masked_diffusion", "masked_text"}
 """Families whose steps are drawn from a vocabulary."""
 
 
@@ -24,7 +24,7 @@ def refusals(objective: "Objective", family: str) -> Iterator[tuple[str, str]]:
     """(key, reason and alternative) for each combination that is refused."""
     yield from method_refusals(objective, family in CATEGORICAL)
     yield from _of_the_steps(objective, family)
-    yield from _of_the_family(objective, family in ALL_AT_ONCE)
+    yield from _of_the_family(objective, family)
     yield from _of_the_kl(objective)
     yield from _of_the_loss(objective)
     yield from _of_the_critic(objective, family)
@@ -40,12 +40,14 @@ def _of_the_steps(objective: "Objective", family: str) -> Iterator[tuple[str, st
             yield "threshold_unit", "a token's log-prob is in nats already; leave it out"
 
 
-def _of_the_family(objective: "Objective", tokens: bool) -> Iterator[tuple[str, str]]:
-    if tokens:
+def _of_the_family(objective: "Objective", family: str) -> Iterator[tuple[str, str]]:
+    if family in ALL_AT_ONCE:
         if objective.train_steps is not None:
             yield "train_steps", "for denoising steps; tokens are trained together"
         return
-    if objective.overlong != "keep":
+    if objective.overlong == "penalty" and family == "masked_text":
+        yield "overlong", "counts tokens, and this trajectory is of denoising steps; use mask"
+    elif objective.overlong != "keep" and family != "masked_text":
         yield "overlong", "for completions of tokens; every denoising trajectory has the same length"
     if objective.threshold_unit == "nats":
         if objective.loss not in ("clip", "dppo"):
@@ -108,7 +110,7 @@ def _of_the_critic(objective: "Objective", family: str) -> Iterator[tuple[str, s
             kind = objective.advantage
             yield "critic", f"{kind} compares rewards with each other and has no critic; leave it out, or use gae"
         return
-    if family in ("image_tokens", "masked_diffusion"):
+    if family in ("image_tokens", "masked_diffusion", "masked_text"):
         yield "advantage", f"gae has no critic for {family} policies yet; use group_std"
     if objective.ratio in ("sequence", "sequence_product"):
         yield "ratio", "gae has an advantage for each step, a sequence's ratio one for all; use token or sequence_token"

@@ -1,5 +1,8 @@
 """The recipe's `policy` block: the model, what of it is trained, and how it samples."""
 
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -123,25 +126,45 @@ class ImageTokenSampling(TokenSampling):
     """Further arguments of the model's processor, for instance ratio and image_area (Emu3)."""
 
 
-class MaskedDiffusionSampling(Block):
-    """The behaviour policy of a masked-diffusion pipeline (aMUSEd), and how its likelihood is evaluated."""
+class Estimated(Block):
+    """How the likelihood of a masked-diffusion sample is evaluated."""
 
-    num_inference_steps: int = Field(default=12, ge=1)
     estimator: Literal["trajectory", "random_mask", "coupled_mask"] = "trajectory"
     """What is scored. trajectory: the tokens that each step of the sampler commits, in their own context (exact).
-    random_mask: the finished picture's tokens under num_masks random masks (UniGRPO). coupled_mask: under num_masks
+    random_mask: the finished sample's tokens under num_masks random masks (UniGRPO). coupled_mask: under num_masks
     pairs of complementary masks, so that every token is scored."""
     num_masks: int = Field(default=2, ge=1)
     mask_ratio: tuple[float, float] = (0.1, 0.9)
     """Range that the masked share of the estimators is drawn from."""
+
+    @model_validator(mode="after")
+    def _is_range(self) -> "Estimated":
+        low, high = self.mask_ratio
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"mask_ratio: [{low:g}, {high:g}] is no range of shares; try [0.1, 0.9]")
+        return self
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of the sampler's loop, at most."""
+        raise NotImplementedError
+
+    @property
+    def num_scored(self) -> int:
+        """Steps of a trajectory that are scored, at most."""
+        masks = {"random_mask": self.num_masks, "coupled_mask": 2 * self.num_masks}
+        return masks.get(self.estimator) or self.most_steps
+
+
+class MaskedDiffusionSampling(Estimated):
+    """The behaviour policy of a masked-diffusion pipeline (aMUSEd)."""
+
+    num_inference_steps: int = Field(default=12, ge=1)
     call: dict[str, Any] = {}
     """Further arguments of the pipeline's call, for instance guidance_scale, temperature."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "MaskedDiffusionSampling":
-        low, high = self.mask_ratio
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"mask_ratio: [{low:g}, {high:g}] is no range of shares; try [0.1, 0.9]")
         if self.estimator != "trajectory" and self.num_scored >= self.num_inference_steps:
             raise ValueError(
                 f"num_masks: {self.estimator} replays {self.num_scored} states in the sampler's loop, which has only"
@@ -150,13 +173,35 @@ class MaskedDiffusionSampling(Block):
         return self
 
     @property
-    def num_scored(self) -> int:
-        """Steps of a trajectory that are scored."""
-        return {
-            "trajectory": self.num_inference_steps,
-            "random_mask": self.num_masks,
-            "coupled_mask": 2 * self.num_masks,
-        }[self.estimator]
+    def most_steps(self) -> int:
+        return self.num_inference_steps
+
+
+class MaskedTextSampling(TokenSampling, Estimated):
+    """The behaviour policy of a text denoiser (LLaDA2, DiffusionGemma, masked language models): it fills in a block of
+    tokens after the other. Tokens are drawn from, and scored under, the distribution that the logits processors above
+    leave."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    num_inference_steps: int = Field(default=32, ge=1)
+    """Steps in which a block is filled in: its tokens are spread over them, and confident ones come earlier."""
+    block_length: int = Field(default=32, ge=1)
+    """Tokens of a block. DiffusionGemma's are given by its config, canvas_length."""
+    threshold: float = Field(default=0.95, ge=0)
+    """Tokens that are drawn with a probability above it are kept at once; above 1: never."""
+    editing_threshold: float | None = Field(default=None, gt=0, le=1)
+    """Tokens that were filled in are replaced by others drawn with a probability above it; None: they stay."""
+    call: dict[str, Any] = {}
+    """Further arguments of the pipeline's call, for instance mask_token_id, eos_early_stop."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a text, at most: a prompt may end within the first one."""
+        return -(-self.max_new_tokens // self.block_length) + 1
+
+    @property
+    def most_steps(self) -> int:
+        return self.num_blocks * self.num_inference_steps
 
 
 def exam_sampling(sampling: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -172,13 +217,19 @@ SAMPLING: dict[str, type[Block]] = {
     "causal_lm": TextSampling,
     "image_tokens": ImageTokenSampling,
     "masked_diffusion": MaskedDiffusionSampling,
+    "masked_text": MaskedTextSampling,
 }
 PIPELINES = ("diffusion", "masked_diffusion")
 """Families that are diffusers pipelines, with a folder a component; the others are transformers models."""
+STEPWISE = (*PIPELINES, "masked_text")
+"""Families that evaluate one step a forward; the others evaluate all at once."""
 MASKED_PIPELINES = ("AmusedPipeline",)
 """`_class_name` in model_index.json of the pipelines that fill in tokens."""
 IMAGE_TOKEN_MODELS = ("janus", "emu3")
 """`model_type` of the transformers models that draw; to train one of them to answer, say family: causal_lm."""
+MASKED_TEXT_MODELS = ("llada2_moe", "diffusion_gemma")
+"""`model_type` of the text denoisers; other masked language models are known by the end of their class's name."""
+MASKED_TEXT_ENDING = "ForMaskedLM"
 
 
 class Savings(Block):
@@ -204,8 +255,11 @@ class PolicyBlock(Block):
     """A folder written by `save_pretrained`, or a hub name."""
     revision: str | None = None
     """Revision of a hub name; pin it."""
-    family: Literal["diffusion", "causal_lm", "image_tokens", "masked_diffusion"]
+    family: Literal["diffusion", "causal_lm", "image_tokens", "masked_diffusion", "masked_text"]
     """Found from the model if left out."""
+    trust_remote_code: bool = False
+    """Run the code that a masked_text model's repository brings (LLaDA2 has its class there). Read that code first: it
+    runs with your rights. A hub name then needs the full commit hash as its revision."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: str | None = None
     """Attention implementation by the library's own name (transformers: eager, sdpa, flash_attention_2...; diffusers:
@@ -216,7 +270,7 @@ class PolicyBlock(Block):
     adapter: Adapter = Adapter()
     train: list[str] | None = None
     """Regular expressions on parameter names: only matching parameters are trained. None: the family's default."""
-    sampling: DiffusionSampling | TextSampling | ImageTokenSampling | MaskedDiffusionSampling
+    sampling: DiffusionSampling | TextSampling | ImageTokenSampling | MaskedDiffusionSampling | MaskedTextSampling
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -224,3 +278,14 @@ class PolicyBlock(Block):
         if isinstance(self.sampling, ImageTokenSampling):
             return ("image",) if self.sampling.think is None else ("text", "image")
         return ("image",) if self.family in PIPELINES else ("text",)
+
+    def refusals(self, zero_stage: int) -> Iterator[tuple[str, str]]:
+        """(key, reason and alternative) for each combination with other keys of the recipe that is refused."""
+        if self.family == "masked_text" and zero_stage == 3:
+            yield "engine.zero_stage", "3 gathers weights in step, but texts take different numbers of steps; use 2"
+        if not self.trust_remote_code:
+            return
+        if self.family != "masked_text":
+            yield "policy.trust_remote_code", f"{self.family} models never run code of their repository; leave it out"
+        elif not Path(self.model).is_dir() and re.fullmatch("[0-9a-f]{40}", self.revision or "") is None:
+            yield "policy.revision", "code that trust_remote_code runs must be pinned by a commit's 40 digits"

@@ -214,13 +214,13 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> (paper, keys that it fills in)."""
 
-SAMPLING_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+SAMPLING_PRESETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "flow_grpo_fast": (
-        "diffusion",
+        ("diffusion",),
         {"noise_place": "branch", "noise_steps": 2, "noise_range": [0, 5], "noise_level": 0.8},
     ),
     "mix_grpo": (
-        "diffusion",
+        ("diffusion",),
         {
             "noise_place": "window",
             "noise_steps": 4,
@@ -228,10 +228,10 @@ SAMPLING_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "noise_level": 0.7,
         },
     ),
-    "bicot_grpo": ("image_tokens", {"think": {}}),
-    "uni_grpo": ("masked_diffusion", {"estimator": "random_mask"}),
+    "bicot_grpo": (("image_tokens",), {"think": {}}),
+    "uni_grpo": (("masked_diffusion", "masked_text"), {"estimator": "random_mask"}),
 }
-"""Of presets that are also about how a family samples: the family, and keys of `policy.sampling` that they fill in."""
+"""Of presets that are also about how a family samples: the families, and the keys of `policy.sampling`."""
 
 RECIPE_PRESETS: dict[str, dict[str, Any]] = {
     "diffusion_nft": {

@@ -15,7 +15,7 @@ from unified_rl.recipe.guard import Guard, guard_conflicts
 from unified_rl.recipe.method_rules import data_conflicts, method_conflicts
 from unified_rl.recipe.objective import Objective
 from unified_rl.recipe.objective_rules import refusals
-from unified_rl.recipe.policy import PIPELINES, PolicyBlock
+from unified_rl.recipe.policy import STEPWISE, PolicyBlock
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.recipe.snapshot import Ema, Snapshot
 
@@ -146,7 +146,8 @@ class Recipe(Block):
             raise ValueError(f"minibatches: {self.minibatches} does not divide the {self.samples_per_rollout} samples")
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every one has weight 0, so there is nothing to train on; give one a weight")
-        for key, reason in (*data_conflicts(self), *guard_conflicts(self)):
+        conflicts = (*data_conflicts(self), *guard_conflicts(self), *self.policy.refusals(self.engine.zero_stage))
+        for key, reason in conflicts:
             raise ValueError(f"{key}: {reason}")
         for reserved in {"trained", "ema"} & set(self.snapshots):
             raise ValueError(f"snapshots.{reserved}: the name is taken; the average has a block of its own, ema")
@@ -157,7 +158,7 @@ class Recipe(Block):
             )
         if self.evaluation.weights == "ema" and self.ema is None:
             raise ValueError("evaluation.weights: ema needs the block ema, for instance ema: {decay: 0.99}")
-        if self.engine.micro_batch_tokens is not None and self.policy.family in PIPELINES:
+        if self.engine.micro_batch_tokens is not None and self.policy.family in STEPWISE:
             raise ValueError("engine.micro_batch_tokens: for language models; a denoiser's rows all cost the same")
         if self.optimizer.critic_lr is not None and all(part.advantage != "gae" for part in self.objective.values()):
             raise ValueError("optimizer.critic_lr: there is no critic; leave it out, or say objective.advantage: gae")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from unified_rl.recipe.policy import (
     DiffusionSampling,
+    Estimated,
     ImageTokenSampling,
-    MaskedDiffusionSampling,
     PolicyBlock,
     TextSampling,
 )
@@ -32,7 +32,7 @@ def _of_segment(recipe: Recipe, name: str) -> int | None:
     if isinstance(sampling, DiffusionSampling):
         by_steps = "steps" in recipe.objective_for(name).kinds
         most = sampling.num_noisy if by_steps else sampling.num_inference_steps
-    elif isinstance(sampling, MaskedDiffusionSampling):
+    elif isinstance(sampling, Estimated):
         most = sampling.num_scored
     elif isinstance(sampling, TextSampling):
         most = sampling.max_new_tokens
