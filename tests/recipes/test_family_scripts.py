@@ -19,7 +19,7 @@ COUNTS += ["evaluation.num_prompts=2", "rewards=[{name: 'unified_rl.tiny.twin:br
 
 
 def trained(recipe: str, model: Path, folder: Path, *overrides: str) -> dict:
-    command = ["train", str(RECIPES / "families" / recipe), f"policy.model={model}", *COUNTS, *overrides]
+    command = ["train", str(RECIPES / recipe), f"policy.model={model}", *COUNTS, *overrides]
     assert cli.main([*command, "--output", str(folder)]) == 0
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
 
@@ -43,7 +43,7 @@ def test_one_recipe_body_trains_every_family(name: str, tmp_path: Path):
     predicted = family.predict(make_tiny.denoiser_of(pipeline), noisy, torch.tensor([0.5, 0.9]), *text)
     assert predicted.shape == noisy.shape
     make_tiny.save(pipeline, tmp_path / "model", {**make_tiny.CALL_DEFAULTS, **family.call})
-    row = trained("drawing.yaml", tmp_path / "model", tmp_path / "run")
+    row = trained("families/drawing.yaml", tmp_path / "model", tmp_path / "run")
     assert row["replay_gap"] <= 1e-5 and row["grad_norm"] > 0
 
 
@@ -63,5 +63,5 @@ def test_the_inpainting_model_starts_as_its_source_and_trains(tmp_path: Path):
     wide.save_pretrained(tmp_path / "model")
     call = {**make_shapes_sd3.CALL_DEFAULTS, "strength": 1.0}
     (tmp_path / "model/call_defaults.json").write_text(json.dumps(call))
-    row = trained("editing.yaml", tmp_path / "model", tmp_path / "run")
+    row = trained("quickstart_edit.yaml", tmp_path / "model", tmp_path / "run")
     assert row["replay_gap"] <= 1e-5 and row["grad_norm"] > 0

@@ -25,7 +25,7 @@ SMALL = [
     "engine.threads=1",
     "checkpoint.every=2",
 ]
-LIKE_OTHERS = ["quickstart_image_tokens", "quickstart_ocr"]
+LIKE_OTHERS = ["quickstart_edit", "quickstart_image_tokens", "quickstart_ocr"]
 """Their checkpoints are written and read like those of a recipe that is resumed here."""
 KEYS = {
     "step", "samples_seen", "loss", "reward", "reward_std", "frac_reward_zero_std", "ratio/mean",
