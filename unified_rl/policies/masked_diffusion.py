@@ -29,6 +29,11 @@ from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
 class MaskedDiffusionPolicy(DiffusionPolicy):
     """A pipeline that fills in tokens. See `unified_rl.protocols.Policy`."""
 
+    # Tokens cannot be noised, nor differentiated: to a protocol's isinstance, a method that is None is not there.
+    predict = None  # type: ignore[assignment]
+    sample_with_grad = None  # type: ignore[assignment]
+    record = None  # type: ignore[assignment]
+
     def _take_scheduler(self) -> None:
         sampling = self._block.sampling
         assert isinstance(sampling, MaskedDiffusionSampling)

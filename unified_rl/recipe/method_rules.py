@@ -110,7 +110,7 @@ def _of_the_method(objective: "Objective", tokens: bool) -> Iterator[tuple[str, 
     for key, method in (("method", objective.method), ("beside", objective.beside)):
         kind = METHOD_KINDS.get(method or "")
         if tokens and kind == "denoising":
-            yield key, f"{method} noises finished samples, which a text cannot be; use policy_gradient, sft or dpo"
+            yield key, f"{method} noises finished samples, which tokens cannot be; use policy_gradient, sft or dpo"
         if tokens and kind == "reward":
             yield key, f"{method} needs samples with a gradient, tokens have none; use policy_gradient"
         if tokens and method == "dgpo":
