@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -34,7 +32,7 @@ from unified_rl.errors import RecipeError
 from unified_rl.policies.categorical_head import CategoricalHead, processors, score, suppressed_ids
 from unified_rl.policies.frozen_tower import find_towers, remember
 from unified_rl.policies.hidden_states import catching, of_completions
-from unified_rl.policies.lora import lora_config, select_trained
+from unified_rl.policies.lora import lora_config, restore_model, select_trained
 from unified_rl.policies.memo import Memo
 from unified_rl.policies.savings import recomputing
 from unified_rl.policies.sharded import is_sharded
@@ -346,12 +344,7 @@ class CausalLMPolicy:
 
     def restore(self, directory: Path) -> None:
         """Load what `save` wrote."""
-        model: Any = self.module
-        if self._block.adapter.kind == "lora":
-            set_peft_model_state_dict(model, load_file(directory / "adapter_model.safetensors"))
-            return
-        saved = type(model).from_pretrained(directory, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+        restore_model(self.module, directory, adapted=self._block.adapter.kind == "lora")
 
     def _completion_logits(self, rows: list[Inputs], tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, S, V] logits that predicted `tokens` [B, S], in the model's dtype, and if watched [B, S, H] the hidden

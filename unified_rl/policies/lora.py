@@ -2,8 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
@@ -61,3 +64,12 @@ def select_trained(module: nn.Module, patterns: Sequence[str] | None) -> None:
     if not any(parameter.requires_grad for parameter in module.parameters()):
         some = ", ".join(name for name, _ in list(module.named_parameters())[:3])
         raise RecipeError(f"policy.train: {patterns} matches no trainable parameter; names look like {some}")
+
+
+def restore_model(model: Any, directory: Path, *, adapted: bool) -> None:
+    """Load the weights, or those of the adapter, that a transformers model's `save_pretrained` wrote."""
+    if adapted:
+        set_peft_model_state_dict(model, load_file(directory / "adapter_model.safetensors"))
+        return
+    saved = type(model).from_pretrained(directory, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DiffusionGemmaForBlockDiffusion, LogitsProcessorList
@@ -22,7 +20,7 @@ from unified_rl.errors import RecipeError
 from unified_rl.policies.block_denoisers import BlockDenoiser, CanvasBlocks, MaskedBlocks
 from unified_rl.policies.block_head import BlockTape, State
 from unified_rl.policies.categorical_head import processors, score, suppressed_ids
-from unified_rl.policies.lora import lora_config, select_trained
+from unified_rl.policies.lora import lora_config, restore_model, select_trained
 from unified_rl.policies.masked_text_model import load_model
 from unified_rl.policies.savings import recomputing
 from unified_rl.policies.text_inputs import TextInputs
@@ -240,12 +238,7 @@ class MaskedTextPolicy:
 
     def restore(self, directory: Path) -> None:
         """Load what `save` wrote."""
-        model: Any = self.module
-        if self._block.adapter.kind == "lora":
-            set_peft_model_state_dict(model, load_file(directory / "adapter_model.safetensors"))
-            return
-        saved = type(model).from_pretrained(directory, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+        restore_model(self.module, directory, adapted=self._block.adapter.kind == "lora")
 
     def _completion(self, tokens: Tensor) -> Completion:
         text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
