@@ -101,6 +101,8 @@ def test_replay_gives_the_log_probs_of_the_rollout(kind: str, sampling: dict):
     segment = policy.sample(prompts()).segments[SEGMENT]
     assert segment.rollout_log_probs.shape == (9, policy.max_steps[SEGMENT])
     assert segment.loss_mask[:, 0].all() and (segment.rollout_log_probs[segment.loss_mask] < 0).all()
+    exam = policy.sample(prompts(), evaluation=True)
+    assert [one.text for one in exam.completions] == [one.text for one in policy.sample(prompts()).completions]
     for rows in ([*range(9)], [5, 0, 7], [4]):
         part = segment.rows(rows)
         together = policy.log_prob(SEGMENT, part, slice(None)).log_probs

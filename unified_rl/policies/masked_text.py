@@ -20,6 +20,7 @@ from unified_rl.errors import RecipeError
 from unified_rl.policies.block_denoisers import BlockDenoiser, CanvasBlocks, MaskedBlocks
 from unified_rl.policies.block_head import BlockTape, State
 from unified_rl.policies.categorical_head import processors, score, suppressed_ids
+from unified_rl.policies.causal_lm import VISION
 from unified_rl.policies.lora import lora_config, restore_model, select_trained
 from unified_rl.policies.masked_text_model import load_model
 from unified_rl.policies.savings import recomputing
@@ -80,17 +81,18 @@ class MaskedTextPolicy:
         estimated = block.sampling.estimator != "trajectory"
         most = block.sampling.num_scored if estimated else self._denoiser.most_steps(block.sampling)
         self.max_steps: Mapping[str, int] = {SEGMENT: most}
-        self._inputs = TextInputs(tokenizer, tokenizer.pad_token_id)
+        self._inputs = TextInputs(tokenizer, self._end_id)  # rows of a batch are equally long, so nothing is padded
         self._suppressed = suppressed_ids(model, tokenizer, [self._end_id])
         model.requires_grad_(False).eval()
         self.module: Any = model
         self._reference: nn.Module | None = None
         if block.adapter.kind == "lora":
-            model.add_adapter(lora_config(model, block.adapter))
+            model.add_adapter(lora_config(model, block.adapter, exclude=VISION))
         else:
             if with_reference:
                 self._reference = copy.deepcopy(model)
-            model.requires_grad_(True)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(block.train is not None or VISION.search(name) is None)
         select_trained(model, block.train)
         self._checkpointing = block.memory.gradient_checkpointing
         if self._checkpointing:
@@ -181,7 +183,9 @@ class MaskedTextPolicy:
 
     def _segment(self, rows: Sequence[tuple["_Drawn", list[State]]], settings: MaskedTextSampling) -> Segment:
         """Of the states that each row is scored in; log-probs are still 0."""
-        mask = torch.zeros(len(rows), self.max_steps[SEGMENT], dtype=torch.bool)
+        # As wide on every process; an exam, which nobody scores, may be longer.
+        width = max(self.max_steps[SEGMENT], *(len(states) for _, states in rows))
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for number, (_, states) in enumerate(rows):
             mask[number, : len(states)] = torch.stack([state.scored.any() for state in states])
         return Segment(
