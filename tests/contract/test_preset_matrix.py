@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_image_tokens import policy_of
 from test_masked_diffusion import policy_of as masked_policy_of
+from test_masked_text import policy_of as denoiser_of
 from test_replay import diffusion_policy, text_policy
 
 from unified_rl.assemble import Parts
@@ -40,6 +41,7 @@ MISFITS = {
     "causal_lm": GAUSSIAN | NOISED | {"bicot_grpo", "uni_grpo"},
     "image_tokens": GAUSSIAN | NOISED | CRITICS | {"uni_grpo"},
     "masked_diffusion": GAUSSIAN | NOISED | CRITICS | (WHOLE_SEQUENCES - {"dpo"}) | {"bicot_grpo"},
+    "masked_text": GAUSSIAN | NOISED | CRITICS | (WHOLE_SEQUENCES - {"dpo"}) | {"bicot_grpo"},
     "diffusion": WHOLE_SEQUENCES | {"bicot_grpo", "uni_grpo"},
 }
 """Presets that a family refuses."""
@@ -68,6 +70,10 @@ def policies(quickstart: Path) -> dict[str, tuple[Any, list[dict[str, Any]], dic
         "thinking": (
             policy_of("janus", with_reference=True, think=Think(max_new_tokens=5)),
             [{"prompt": "a red cat"}, {"prompt": "two"}],
+        ),
+        "masked_text": (
+            denoiser_of("masked", with_reference=True, estimator="coupled_mask", num_masks=1),
+            [{"prompt": "a"}, {"prompt": "b c"}],
         ),
         "masked_diffusion": (
             masked_policy_of(with_reference=True, estimator="random_mask", num_masks=2),
