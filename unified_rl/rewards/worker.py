@@ -11,11 +11,13 @@ process and the child that it started itself, over a socket pair that nobody els
 """
 
 import os
+import pickle
 import sys
 import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
+from typing import Any
 
 from unified_rl.errors import RecipeError
 from unified_rl.imports import load_import, one_line
@@ -32,20 +34,37 @@ def main(descriptor: int) -> None:
     _be_the_first_to_go()
     connection = Connection(descriptor)
     try:
-        reward = _load(*connection.recv())
+        reward = _load(*take(connection))
     except RecipeError as error:
-        connection.send(("refused", one_line(error)))
+        put(connection, ("refused", one_line(error)))
         return
     except (Exception, SystemExit) as error:  # the reward is the user's code: anything may come out of it
-        connection.send(("refused", f"{type(error).__name__}: {one_line(error)}"))
+        put(connection, ("refused", f"{type(error).__name__}: {one_line(error)}"))
         return
-    connection.send(("ready", traits(reward)))
+    put(connection, ("ready", traits(reward)))
     while True:
         try:
-            batch = connection.recv()
+            batch = take(connection)
         except EOFError:
             return
-        connection.send(answer(reward, batch))
+        except Exception as error:  # whatever unpickling the user's columns says
+            put(
+                connection,
+                ("unusable", f"got data that its process cannot read ({one_line(error)}); isolation: thread"),
+            )
+            continue
+        put(connection, answer(reward, batch))
+
+
+def put(connection: Connection, message: Any) -> None:
+    """Send a message by value. The connection's own `send` would hand torch tensors over as shared memory, which only
+    processes that fork from one another can open."""
+    connection.send_bytes(pickle.dumps(message))
+
+
+def take(connection: Connection) -> Any:
+    """The next message."""
+    return pickle.loads(connection.recv_bytes())
 
 
 def traits(reward: UniformReward) -> dict[str, object]:
