@@ -166,6 +166,13 @@ def test_imitation_is_weighted_likelihood(tmp_path: Path):
     torch.testing.assert_close(got, logits.grad)
 
 
+def test_imitated_samples_have_noises_of_their_own(tmp_path: Path):
+    Denoiser.seeds.clear()
+    gradient(build_parts(tmp_path, Denoiser([0.3, 0.1]), objective={"preset": "rwr"}))
+    seeds = [seed for _, row_seeds in Denoiser.seeds for seed in row_seeds]
+    assert len(seeds) == 16 * 3 == len(set(seeds))  # samples x noise levels
+
+
 def test_the_old_policy_is_the_snapshot(tmp_path: Path):
     """The snapshot stays at the start while the drift is moved: nft's gradient at the mirror image of the old one."""
     keys: dict[str, Any] = {**OLD, "epochs": 2}

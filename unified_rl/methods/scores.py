@@ -1,7 +1,7 @@
 """Losses of the scores of all samples of an update: imitation (SFT, RWR), preferences (DPO), groups (DGPO).
 
-A sample's score is the log-prob of its text, or minus half its denoising error at a noise level, with one noise for
-all members of a group. The loss's derivative by each score is taken first, over all processes; a window then
+A sample's score is the log-prob of its text, or minus half its denoising error at a noise level. What compares the
+members of a group gives them one noise; imitation gives each its own, as an average wants it. The loss's derivative by each score is taken first, over all processes; a window then
 backpropagates its own scores with it.
 """
 
@@ -170,7 +170,8 @@ def evaluate(
     if not isinstance(policy, DenoisingPolicy):
         log_probs = policy.log_prob(prepared.name, segment, step).log_probs
         return log_probs.masked_fill(~segment.loss_mask.to(log_probs.device), 0.0).sum(1), None
-    names = [prompt.group_id for prompt in prompts_of(prepared, rows)]
+    prompts = prompts_of(prepared, rows)
+    names = [prompt.seed if planned.method == "sft" else prompt.group_id for prompt in prompts]
     seen = policy.predict(prepared.name, segment, step.start, noise_seeds(parts.recipe, planned, step.start, names))
     return denoising_score(seen.output, seen.target), seen
 
