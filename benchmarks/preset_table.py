@@ -1,10 +1,11 @@
 """How many samples each preset needs to reach a held-out score on the embedded world (docs/preset_table.md).
 
-    python benchmarks/preset_table.py run [--setting tokens|denoiser] [--presets a b ...] [--seeds 0 1 2] --runs FILE
+    python benchmarks/preset_table.py run [--settings tokens noised] [--presets a b ...] [--seeds 0 1 2] --runs FILE
     python benchmarks/preset_table.py table --runs FILE >docs/preset_table.md
 
 `run` trains one recipe a preset and seed and stops it at the first evaluation that reaches the score; it appends one
-JSON object a run to FILE and leaves out runs that are there already. `table` prints the page. All presets of a setting
+JSON object a run to FILE and leaves out runs that are there already. `table` prints the page. FILE is
+benchmarks/preset_runs.jsonl for the page in docs. All presets of a setting
 share the learning rate, the batch and the number of updates a rollout: it is a comparison of what happens when only
 `objective.preset` is changed, not of each method at its best.
 """
@@ -52,6 +53,17 @@ class Setting:
     note: str
 
 
+DIGITS = ("group_size=8", "prompts_per_step=8", "rewards=[{name: digit_check}]", "objective.train_steps=4",
+          "optimizer.lr=2.0e-4", "optimizer.decay=none", "evaluation.sampling={noise_level: 0.0}")  # fmt: skip
+"""What the settings on the digits UNet share."""
+OWN_NOISE = "policy.sampling={num_inference_steps: 10}"
+
+
+def nats(bound: float) -> tuple[str, ...]:
+    """Keys of a clip range in nats of a whole step."""
+    return ("objective.threshold_unit=nats", f"objective.clip_low={bound}", f"objective.clip_high={bound}")
+
+
 SETTINGS = {
     "tokens": Setting(
         title="Tokens: the visual question answerer of `quickstart_vlm`",
@@ -61,23 +73,40 @@ SETTINGS = {
         score="answer",
         target=0.85,
         presets=("grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "rloo", "reinforce++",
-                 "reinforce++_baseline", "ppo", "gdpo", "drpo", "spo", "ddpo", "trl_grpo", "verl_grpo"),
+                 "reinforce++_baseline", "ppo", "gdpo", "drpo", "spo", "ddpo", "trl_grpo", "trl_rloo", "verl_grpo",
+                 "verl_ppo", "luspo", "vespo"),
         changes={"ddpo": ("objective.clip_low=0.2", "objective.clip_high=0.2")},
         note="`ddpo` has the clip range of tokens (0.2): its own is one of means over latent dims.",
     ),
     "denoiser": Setting(
-        title="Denoising steps: the small Stable Diffusion 3 of `quickstart`",
-        recipe="quickstart",
-        overrides=("num_steps=48", "evaluation.every=4", "optimizer.decay=none", "objective.train_steps=2",
-                   "objective.kl.coef=0.0"),
-        score="shapes_graded",
-        target=0.5,
-        presets=("flow_grpo", "dance_grpo", "ddpo", "grpo_guard", "flow_dppo", "ppo", "dr_grpo"),
+        title="Denoising steps: the digits UNet of `quickstart_ddpo`, policy gradients",
+        recipe="quickstart_ddpo",
+        overrides=(*DIGITS, "num_steps=24", "epochs=2", "evaluation.every=6"),
+        score="digit_check",
+        target=0.95,
+        presets=("flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo", "grpo_guard", "flow_dppo", "ddpo", "ppo",
+                 "dr_grpo"),
         changes={
-            "ppo": ("objective.clip_low=1.0e-4", "objective.clip_high=1.0e-4"),
-            "dr_grpo": ("objective.clip_low=1.0e-4", "objective.clip_high=1.0e-4"),
+            **{name: nats(6.6) for name in ("flow_grpo", "dance_grpo", "ddpo", "ppo", "dr_grpo")},
+            "mix_grpo": (*nats(6.6), OWN_NOISE),
+            "flow_grpo_fast": (*nats(0.66), OWN_NOISE),
+            "grpo_guard": ("objective.clip_low=1.7e-4", "objective.clip_high=1.7e-4"),
+            "flow_dppo": ("objective.threshold_unit=nats", "objective.max_divergence=0.66"),
         },
-        note="`ppo` and `dr_grpo` have the clip range of the others, their own is one of tokens.",
+        note="The presets' thresholds are means over the latent dims, of which there are 768 here: in nats of a step"
+        " they are given as they are at the 65,536 dims of SD3.5 (85 times the mean). `ppo` and `dr_grpo` have the"
+        " clip range of the others, their own is one of tokens. `flow_grpo_fast` and `mix_grpo` place their noise"
+        " themselves.",
+    ),
+    "noised": Setting(
+        title="Noised samples: the same model and score, methods over the forward process",
+        recipe="quickstart_ddpo",
+        overrides=(*DIGITS, "num_steps=12", "evaluation.every=3"),
+        score="digit_check",
+        target=0.95,
+        presets=("diffusion_nft", "awm", "dgpo", "diffusion_dpo", "rwr", "best_of_n"),
+        changes={},
+        note="One update a rollout.",
     ),
 }  # fmt: skip
 
@@ -161,8 +190,8 @@ def table(arguments: argparse.Namespace) -> None:
             continue
         base = max(run["curve"][0][1] for runs in found[name].values() for run in runs.values())
         print(f"## {setting.title}\n\n{_about(setting)} The base model has {base:.2f}.\n")
-        print("| preset | seeds that reached it | samples to reach it, by seed | best score, by seed |")
-        print("| --- | --- | --- | --- |")
+        print("| preset | seeds that reached it | samples to reach it, by seed | best score, by seed | CPU s a run |")
+        print("| --- | --- | --- | --- | --- |")
         for preset in setting.presets:
             runs = [run for _, run in sorted(found[name][preset].items())]
             reached = [run["samples"] for run in runs]
@@ -171,6 +200,7 @@ def table(arguments: argparse.Namespace) -> None:
                 f"{sum(seen is not None for seen in reached)} of {len(runs)}" if runs else "not run",
                 ", ".join("not reached" if seen is None else f"{seen:,}" for seen in reached),
                 ", ".join(f"{run['best']:.2f}" for run in runs),
+                ", ".join(f"{run['cpu_seconds']:.0f}" for run in runs if run["cpu_seconds"]) or "not kept",
             ]
             print("| " + " | ".join(cells) + " |")
         missing = sorted(set(PRESETS) - set(setting.presets))

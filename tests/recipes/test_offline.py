@@ -1,14 +1,13 @@
 """Recorded samples through the command line, with the shipped checkpoints."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from unified_rl.cli import main
 from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.recipe.file import load_recipe
 from unified_rl.run_folder.tracking import read_jsonl
@@ -78,12 +77,10 @@ def test_a_recorded_rollout_trains_as_it_did_when_it_was_drawn(tmp_path: Path):
 
 
 def test_pictures_from_a_runs_folder(tmp_path: Path):
-    """Two commands: a run that keeps its samples, and one that prefers its best ones to its worst."""
+    """Two commands: a run that shows its samples, and one that prefers its best ones to its worst."""
 
     def command(folder: str, *more: str) -> None:
-        words = [sys.executable, "-m", "unified_rl.cli", "train", "quickstart_ddpo", *SMALL, *more]
-        done = subprocess.run([*words, "--output", str(tmp_path / folder)], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert main(["train", "quickstart_ddpo", *SMALL, *more, "--output", str(tmp_path / folder)]) == 0
 
     base = Path(load_recipe("quickstart_ddpo").data.prompts)
     command("online", f"data={{prompts: {base}}}")

@@ -1,8 +1,8 @@
 """Losses of the scores of all samples of an update: imitation (SFT, RWR), preferences (DPO), groups (DGPO).
 
 A sample's score is the log-prob of its text, or minus half its denoising error at a noise level. What compares the
-members of a group gives them one noise; imitation gives each its own, as an average wants it. The loss's derivative by each score is taken first, over all processes; a window then
-backpropagates its own scores with it.
+members of a group gives them one noise; imitation gives each its own, as an average wants it. The loss's derivative by
+each score is taken first, over all processes; a window then backpropagates its own scores with it.
 """
 
 from contextlib import ExitStack
