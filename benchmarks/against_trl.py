@@ -36,7 +36,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     from unified_rl.engine import distributed
     from unified_rl.recipe.file import load_recipe
     from unified_rl.run_folder.tracking import NullRun
-    from unified_rl.train import collect, plan_updates
+    from unified_rl.train import collect, plan_update
     from unified_rl.update import update
 
     distributed.initialise()
@@ -55,7 +55,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     for index in range(WARM_UP + arguments.steps):
         started = time.perf_counter()
         rollout, prepared, _ = collect(parts, index)
-        for number, windows in enumerate(plan_updates(parts, prepared, index)):
+        for number in range(recipe.updates_per_rollout):
+            windows = plan_update(parts, prepared, index, number)
             update(parts.policy, parts.engine, windows, first_update=number == 0)
         seconds.append(time.perf_counter() - started)
         lengths.append(float(rollout.trajectory.segments["text"].loss_mask.sum(1).float().mean()))

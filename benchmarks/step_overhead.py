@@ -23,7 +23,7 @@ from unified_rl.engine import distributed
 from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.recipe.file import load_recipe
 from unified_rl.run_folder.tracking import NullRun
-from unified_rl.train import collect, plan_updates
+from unified_rl.train import collect, plan_update
 from unified_rl.update import update
 
 REPEATS = 5
@@ -35,7 +35,8 @@ def step(parts: Parts, index: int) -> tuple[float, float, float]:
     """Seconds of one step: sampling, judging, updating."""
     _, prepared, row = collect(parts, index)
     started = time.perf_counter()
-    for number, windows in enumerate(plan_updates(parts, prepared, index)):
+    for number in range(parts.recipe.updates_per_rollout):
+        windows = plan_update(parts, prepared, index, number)
         update(parts.policy, parts.engine, windows, first_update=number == 0)
     return row["time/rollout"], row["time/reward"], time.perf_counter() - started
 

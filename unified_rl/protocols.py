@@ -173,6 +173,11 @@ class Engine(Protocol):
         carries the global denominator."""
         ...
 
+    def discard(self) -> None:
+        """Drop the gradients of the windows since the last step, one of which may have failed; not where gradients are
+        sharded (ZeRO 2 and 3)."""
+        ...
+
     def step(self) -> float:
         """Clip, update and zero the gradients; returns the global gradient norm before clipping. A non-finite norm
         skips the update on every rank."""

@@ -14,7 +14,7 @@ import functools
 import math
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from unified_rl.engine import distributed
 from unified_rl.engine.watch import enter
 from unified_rl.errors import PeerError, RecipeError
 from unified_rl.evaluate import evaluate
+from unified_rl.fitting import fitted_update
 from unified_rl.guard import alarms, exploited
 from unified_rl.methods import plan_windows
 from unified_rl.metrics import peak_mib, reward_metrics
@@ -41,7 +42,7 @@ from unified_rl.run_folder.tracking import open_run, read_jsonl
 from unified_rl.snapshots import TRAINED
 from unified_rl.stopping import UNASKED, Abandoned, StopSignal
 from unified_rl.types import Prompt
-from unified_rl.update import replay_gap, update, window_loss, window_stats
+from unified_rl.update import replay_gap, window_loss, window_stats
 from unified_rl.windows import Window
 
 DONE = 0
@@ -49,7 +50,7 @@ DONE = 0
 
 def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
     """Train from a position between two rollouts to the recipe's end; returns the exit code."""
-    recipe, policy, engine = parts.recipe, parts.policy, parts.engine
+    recipe, engine = parts.recipe, parts.engine
     step, index, held_out, skipped, reason = at.step, at.rollout, None, 0, ""
     saver = Saver(parts, at.step)
     while step < recipe.num_steps and not reason and not stop.requested():
@@ -62,13 +63,15 @@ def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
         if parts.recorder is not None:
             with distributed.agreed("recording a rollout"):
                 parts.recorder.write(index, rollout)
-        for number, windows in enumerate(plan_updates(parts, prepared, index)):
+        for number in range(recipe.updates_per_rollout):
+            windows = plan_update(parts, prepared, index, number)
             started = time.perf_counter()
             enter("update")
             first = number == 0
             probed = probe_replay(parts, windows) if first and recipe.rollout_weights != TRAINED else None
             own = probed is None and not isinstance(parts.sampler, RecordedSampler)
-            changed = update(policy, engine, windows, first_update=first and own)
+            replan = functools.partial(plan_update, prepared=prepared, index=index, number=number)
+            changed, parts = fitted_update(parts, windows, replan, first_update=first and own)
             changed = changed if probed is None else {**changed, "replay_gap": probed}
             parts.snapshots.tick("step")
             step += 1
@@ -161,10 +164,9 @@ def draw(parts: Parts, prompts: Sequence[Prompt], stop: StopSignal) -> Rollout:
         )
 
 
-def plan_updates(parts: Parts, prepared: Sequence[Prepared], index: int) -> Iterator[list[Window]]:
-    """The windows of each optimiser step that a rollout is trained for."""
-    for number in range(parts.recipe.updates_per_rollout):
-        yield [window for part in prepared for window in plan_windows(parts, part, index, number)]
+def plan_update(parts: Parts, prepared: Sequence[Prepared], index: int, number: int) -> list[Window]:
+    """The windows of optimiser step `number` that rollout `index` is trained for."""
+    return [window for part in prepared for window in plan_windows(parts, part, index, number)]
 
 
 def probe_replay(parts: Parts, windows: Sequence[Window]) -> float:

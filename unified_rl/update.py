@@ -144,10 +144,22 @@ def _value_loss(stats: StepStats, window: Window, valued: Valued, weights: Tenso
 def update(policy: Policy, engine: Engine, windows: list[Window], *, first_update: bool) -> dict[str, float]:
     """Accumulate all windows and take one optimiser step; returns its metrics, equal on every process."""
     metrics = StepMetrics()
-    lr = engine.lr
+    accumulate(policy, engine, windows, metrics, first_update=first_update)
+    return finish(policy, engine, metrics)
+
+
+def accumulate(
+    policy: Policy, engine: Engine, windows: list[Window], metrics: StepMetrics, *, first_update: bool
+) -> None:
+    """Add the gradients of all windows up."""
     for window in windows:
         with engine.window():
             engine.backward(window.loss(policy, window, metrics, first_update=first_update))
+
+
+def finish(policy: Policy, engine: Engine, metrics: StepMetrics) -> dict[str, float]:
+    """Take the optimiser step of what was accumulated; returns its metrics, equal on every process."""
+    lr = engine.lr
     grad_norm = engine.step()
     policy.version += 1
     return {**metrics.reduce(), "grad_norm": grad_norm, "lr": lr}

@@ -29,7 +29,7 @@ from unified_rl.recipe.presets import PRESETS
 from unified_rl.rewards.scoring import reward_of
 from unified_rl.run_folder.tracking import NullRun, QuietConsole
 from unified_rl.snapshots import Snapshots
-from unified_rl.train import collect, plan_updates
+from unified_rl.train import collect, plan_update
 from unified_rl.update import update
 from unified_rl.worlds import shapes
 
@@ -134,7 +134,7 @@ def test_a_preset_trains_each_family_that_it_fits(policies: Any, family: str, pr
         health=Health(recipe),
     )
     _, prepared, _ = collect(parts, 0)
-    row = update(parts.policy, engine, next(plan_updates(parts, prepared, 0)), first_update=True)
+    row = update(parts.policy, engine, plan_update(parts, prepared, 0, 0), first_update=True)
     assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) and row["grad_norm"] > 0
     trained = dict(policies[family][0].module.named_parameters())
     assert any(not torch.equal(trained[name], weights[name]) for name in weights)

@@ -20,7 +20,7 @@ from unified_rl.objectives.forward_process import FORWARD_LOSSES
 from unified_rl.objectives.preference import SCORE_LOSSES, pair_losses
 from unified_rl.objectives.sample_weights import SAMPLE_WEIGHTS
 from unified_rl.recipe.method_rules import METHOD_KINDS
-from unified_rl.train import StopSignal, collect, plan_updates, run_loop, start
+from unified_rl.train import StopSignal, collect, plan_update, run_loop, start
 from unified_rl.types import Denoised, Segment
 
 OLD = {"snapshots": {"old": {"decay": 0.0, "clock": "rollout"}}}
@@ -48,7 +48,7 @@ class Denoiser(Walker):
 def gradient(parts: Any, index: int = 0) -> Tensor:
     """Of the first update's loss."""
     _, prepared, _ = collect(parts, index)
-    for window in next(plan_updates(parts, prepared, index)):
+    for window in plan_update(parts, prepared, index, 0):
         window.loss(parts.policy, window, StepMetrics(), first_update=True).backward()
     return parts.policy.module.weight.grad
 
@@ -133,7 +133,7 @@ def test_dgpo_is_its_formula(tmp_path: Path):
         parts.policy._start += 0.2
     got = gradient(parts)
     _, (prepared,), _ = collect(parts, 0)
-    window = next(plan_updates(parts, prepared and [prepared], 0))[0]
+    window = plan_update(parts, prepared and [prepared], 0, 0)[0]
     assert window.steps.stop - window.steps.start == 1
     drift = torch.tensor([0.3, 0.1], requires_grad=True)
     states, advantages = prepared.segment.actions["states"], prepared.advantages.float()
@@ -183,7 +183,7 @@ def test_the_old_policy_is_the_snapshot(tmp_path: Path):
     with torch.no_grad():
         weight += 0.2
     Denoiser.seeds.clear()
-    for window in next(plan_updates(parts, [prepared], 0)):
+    for window in plan_update(parts, [prepared], 0, 0):
         window.loss(parts.policy, window, StepMetrics(), first_update=True).backward()
     drift = torch.tensor([0.5, 0.3], requires_grad=True)
     clean, advantages = prepared.segment.actions["states"][:, -1], prepared.advantages.float()

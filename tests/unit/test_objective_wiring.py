@@ -20,7 +20,7 @@ from unified_rl.recipe.method_presets import METHOD_PRESETS
 from unified_rl.recipe.objective_rules import GAUSSIAN_LOSSES, LOSS_NAMES
 from unified_rl.recipe.presets import PRESETS
 from unified_rl.run_folder.tracking import read_jsonl
-from unified_rl.train import Position, StopSignal, collect, plan_updates, run_loop, start
+from unified_rl.train import Position, StopSignal, collect, plan_update, run_loop, start
 from unified_rl.update import window_loss
 
 BEGIN = Position(step=0, rollout=0)
@@ -36,7 +36,7 @@ def first_gradient(parts: Any, *, move: float = 0.0) -> torch.Tensor:
     weight = parts.policy.module.weight
     with torch.no_grad():
         weight[0] += move
-    for window in next(plan_updates(parts, prepared, 0)):
+    for window in plan_update(parts, prepared, 0, 0):
         window_loss(parts.policy, window, StepMetrics(), first_update=False).backward()
     assert weight.grad is not None
     return weight.grad
@@ -108,7 +108,7 @@ def test_expected_gradient_is_the_analytic_policy_gradient(tmp_path: Path, name:
         _, prepared, _ = collect(parts, index)
         with torch.no_grad():
             weight[0] += moved
-        for window in next(plan_updates(parts, prepared, index)):
+        for window in plan_update(parts, prepared, index, 0):
             window_loss(parts.policy, window, StepMetrics(), first_update=False).backward()
         samples.append(-weight.grad.clone())
         weight.grad = None
@@ -207,7 +207,7 @@ def test_kl_coefficient_is_steered_and_used(tmp_path: Path):
     assert rows[-1]["kl_coef"] > rows[0]["kl_coef"]
     # The next update is made with it.
     _, prepared, _ = collect(parts, 6)
-    assert next(plan_updates(parts, prepared, 6))[0].target.kl_coef == rows[-1]["kl_coef"]
+    assert plan_update(parts, prepared, 6, 0)[0].target.kl_coef == rows[-1]["kl_coef"]
 
 
 def test_entropy_coefficient_adapts_and_is_used(tmp_path: Path):
@@ -218,7 +218,7 @@ def test_entropy_coefficient_adapts_and_is_used(tmp_path: Path):
     assert all(row["entropy"] < 0.6 for row in rows)
     assert [row["entropy_coef"] for row in rows] == pytest.approx([0.01, 0.02, 0.03])
     _, prepared, _ = collect(parts, 3)
-    assert next(plan_updates(parts, prepared, 3))[0].target.entropy_coef == pytest.approx(0.03)
+    assert plan_update(parts, prepared, 3, 0)[0].target.entropy_coef == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize(
@@ -312,8 +312,8 @@ def test_the_anchor_evaluates_what_will_be_trained(tmp_path: Path):
     _, prepared, _ = collect(parts, 0)
     anchored, policy.asked = list(policy.asked), []
     trained = []
-    for windows in plan_updates(parts, prepared, 0):
-        for window in windows:
+    for number in range(parts.recipe.updates_per_rollout):
+        for window in plan_update(parts, prepared, 0, number):
             metrics = StepMetrics()
             window_loss(policy, window, metrics, first_update=False)
             assert metrics.sums["old_kl"] == 0.0 and metrics.num_steps == 8

@@ -16,7 +16,7 @@ from unified_rl.objectives.thresholds import mean_bounds, mean_divergence
 from unified_rl.recipe.explain import listing
 from unified_rl.recipe.file import parse_recipe
 from unified_rl.recipe.presets import PRESETS, SAMPLING_PRESETS
-from unified_rl.train import StopSignal, collect, plan_updates, run_loop
+from unified_rl.train import StopSignal, collect, plan_update, run_loop
 from unified_rl.update import window_loss
 
 
@@ -78,7 +78,7 @@ def test_the_reference_can_be_an_average_of_the_weights(tmp_path: Path):
     average = parts.snapshots._copies["ema"]["weight"].clone()
     assert (weight - average).abs().max() > 1e-2
     _, prepared, _ = collect(parts, 3)
-    (window, *_) = next(plan_updates(parts, prepared, 3))
+    (window, *_) = plan_update(parts, prepared, 3, 0)
     metrics = StepMetrics()
     window_loss(moving, window, metrics, first_update=False)
     tokens = prepared[0].segment.actions["tokens"][:8]

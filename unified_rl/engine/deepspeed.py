@@ -140,6 +140,12 @@ class DeepSpeedEngine:
         elif self._stage == 3:
             self._count(self._gradient_bytes + self._bytes_of_whole(False))
 
+    def discard(self) -> None:
+        """Stages 0 and 1: drop the gradients of the windows since the last step, one of which may have failed."""
+        assert self._stage <= 1, "gradients of earlier windows are out of reach"
+        for parameter in self._trained.values():
+            parameter.grad = None
+
     def step(self) -> float:
         """Clip, update, zero; returns the global gradient norm before clipping, non-finite if all ranks skipped.
 

@@ -40,6 +40,10 @@ class LocalEngine:
         """Add the gradient of `loss` ([], float) to the gradients of this step."""
         loss.backward()
 
+    def discard(self) -> None:
+        """Drop the gradients of the windows since the last step."""
+        self._adam.zero_grad(set_to_none=True)
+
     def step(self) -> float:
         """Clip, update, zero; returns the gradient norm before clipping, non-finite if the update was skipped.
 

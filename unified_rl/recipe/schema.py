@@ -60,6 +60,9 @@ class EngineBlock(Block):
     (prompt and completion, padding included) and at most micro_batch trajectories. None: micro_batch alone."""
     rollout_batch: int | None = Field(default=None, ge=1)
     """Trajectories sampled at once; None: as many as a window."""
+    on_out_of_memory: Literal["stop", "halve"] = "stop"
+    """halve: an update that does not fit into memory is made again in windows of half as many rows, and so are all that
+    follow; with zero_stage 0 or 1."""
     deepspeed: dict[str, Any] | str = {}
     """DeepSpeed's own configuration, in place or as a JSON file, merged over what these keys say."""
     timeout: float = Field(default=1800.0, gt=0)
@@ -158,6 +161,11 @@ class Recipe(Block):
             )
         if self.evaluation.weights == "ema" and self.ema is None:
             raise ValueError("evaluation.weights: ema needs the block ema, for instance ema: {decay: 0.99}")
+        if self.engine.on_out_of_memory == "halve" and self.engine.zero_stage >= 2:
+            raise ValueError(
+                "engine.on_out_of_memory: halve needs zero_stage 0 or 1; from 2 on processes exchange gradients within"
+                " each window, which one of them cannot leave alone"
+            )
         if self.engine.micro_batch_tokens is not None and self.policy.family in STEPWISE:
             raise ValueError("engine.micro_batch_tokens: for language models; a denoiser's rows all cost the same")
         if self.optimizer.critic_lr is not None and all(part.advantage != "gae" for part in self.objective.values()):
