@@ -1,10 +1,13 @@
 """Critics on the shipped models: states without a second forward, what is trained, what is saved."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_image_tokens import policy_of as drawing_policy
+from test_image_tokens import prompts as drawing_prompts
 from test_replay import diffusion_policy, image_prompts, question_prompts, text_policy
 
 from unified_rl.policies.critic import CRITIC_FILE, CriticPolicy
@@ -113,6 +116,27 @@ def test_values_of_latents(quickstart: Path, name: str):
     assert whole.std() > 1e-3
     stats.values.sum().backward()
     assert all(p.grad is None for p in policy.module.parameters())
+
+
+@pytest.mark.parametrize("network", ["head", "separate"])
+def test_values_of_image_tokens(network: str):
+    """Of the conditional row's states: the same whole, row by row and with the log-probs, and blind to what is drawn at
+    their own step and after it."""
+    policy = drawing_policy("janus")
+    segment = policy.sample(drawing_prompts()).segments["image"]
+    critic = CriticPolicy(policy, {"image": Critic(network=network)}, {"image": segment})
+    torch.nn.init.normal_(critic.module["critics"]["image"].out.weight)
+    values = critic.values("image", segment, slice(None))
+    assert values.shape == segment.loss_mask.shape and values.std() > 1e-3
+    stats = critic.log_prob("image", segment, slice(1, 3))
+    torch.testing.assert_close(stats.values, values[:, 1:3])
+    alone = torch.cat([critic.values("image", segment.rows([row]), slice(None)) for row in range(segment.num_rows)])
+    torch.testing.assert_close(alone, values, atol=1e-5, rtol=1e-5)
+    codes = segment.actions["codes"].clone()
+    codes[:, 1] = (codes[:, 1] + 1) % 8
+    other = critic.values("image", replace(segment, actions={**segment.actions, "codes": codes}), slice(None))
+    torch.testing.assert_close(other[:, :2], values[:, :2])
+    assert (other[:, 2] - values[:, 2]).abs().max() > 1e-5
 
 
 def test_a_critic_is_saved_beside_the_policy(quickstart: Path, tmp_path: Path):

@@ -39,7 +39,7 @@ WHOLE_SEQUENCES = {"gspo", "gspo_token", "luspo", "vespo", "trl_rloo", "dpo"}
 CRITICS = {"ppo", "verl_ppo"}
 MISFITS = {
     "causal_lm": GAUSSIAN | NOISED | {"bicot_grpo", "uni_grpo"},
-    "image_tokens": GAUSSIAN | NOISED | CRITICS | {"uni_grpo"},
+    "image_tokens": GAUSSIAN | NOISED | {"uni_grpo"},
     "masked_diffusion": GAUSSIAN | NOISED | CRITICS | (WHOLE_SEQUENCES - {"dpo"}) | {"bicot_grpo"},
     "masked_text": GAUSSIAN | NOISED | CRITICS | (WHOLE_SEQUENCES - {"dpo"}) | {"bicot_grpo"},
     "diffusion": WHOLE_SEQUENCES | {"bicot_grpo", "uni_grpo"},
@@ -50,7 +50,7 @@ NAMES = [name for name, (_, keys) in PRESETS.items() if keys.get("method") != "r
 CELLS = [
     (family, preset) for family in MISFITS for preset in NAMES if (family, preset) != ("image_tokens", "bicot_grpo")
 ]
-THINKING = [("thinking", "bicot_grpo")]
+THINKING = [("thinking", "bicot_grpo"), ("thinking", "ppo")]
 """Of image tokens whose policy writes a text first."""
 
 

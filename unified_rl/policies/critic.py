@@ -110,7 +110,7 @@ def add_critics(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt]) -> "C
             "objective.advantage: gae needs states of steps, which this policy cannot show; use group_std"
         )
     examples = policy.sample(prompts).segments
-    wanted = {name: recipe.objective_for(name) for name in examples}
+    wanted = {name: recipe.objective_for(name) for name in examples if recipe.trains(name)}
     critics = {name: objective.critic for name, objective in wanted.items() if objective.advantage == "gae"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)

@@ -104,8 +104,9 @@ def sample(model: Any, drawing: Drawing, rows: Sequence[Row], uniforms: Tensor) 
 
 def evaluate(
     model: Any, drawing: Drawing, rows: Sequence[Row], codes: Tensor, *, entropy: str
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and entropy [B, S] of drawn codes [B, S], in one teacher-forced forward over all rows.
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log-probs and entropy [B, S] of drawn codes [B, S], in one teacher-forced forward over all rows; and the last
+    hidden states [B, S, H] that predicted them, of the conditional rows.
 
     Args:
         entropy: as in `categorical_head.score`.
@@ -134,7 +135,8 @@ def evaluate(
         [:, is_drawn]
     )  # fmt: skip
     guided = _guide(family.logits(model, hidden), drawing.guidance_scale)
-    return score(guided, codes, drawing.chain, drawing.temperature, entropy=entropy)
+    log_probs, entropies = score(guided, codes, drawing.chain, drawing.temperature, entropy=entropy)
+    return log_probs, entropies, hidden[: len(rows)]
 
 
 def _sides(rows: Sequence[Row], scale: float) -> list[tuple[int, ...]]:

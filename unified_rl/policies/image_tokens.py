@@ -21,7 +21,7 @@ from unified_rl.policies.guided_tokens import Drawing, Row
 from unified_rl.policies.image_families import DRAWN, family_of
 from unified_rl.policies.lora import select_trained
 from unified_rl.recipe.policy import ImageTokenSampling, PolicyBlock, TextSampling
-from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
+from unified_rl.types import Completion, Prompt, Segment, StepStates, StepStats, Trajectory
 
 TEXT, IMAGE = "text", "image"
 
@@ -118,7 +118,7 @@ class ImageTokensPolicy(CausalLMPolicy):
             return super().log_prob(name, segment, steps)
         codes: Tensor = segment.actions["codes"]  # type: ignore[assignment]
         rows: list[Row] = segment.actions["rows"]  # type: ignore[assignment]
-        log_probs, entropy = guided_tokens.evaluate(
+        log_probs, entropy, states = guided_tokens.evaluate(
             self._active, self._drawing(self._drawn[False]), rows, codes, entropy=self._entropy_mode
         )
         return StepStats(
@@ -126,6 +126,7 @@ class ImageTokensPolicy(CausalLMPolicy):
             entropy=None if entropy is None else entropy[:, steps],
             mean=None,
             std=None,
+            states=StepStates(state=states[:, steps], level=None) if self._watched else None,
         )
 
     def _drawing(self, settings: ImageTokenSampling) -> Drawing:

@@ -110,7 +110,7 @@ def _of_the_critic(objective: "Objective", family: str) -> Iterator[tuple[str, s
             kind = objective.advantage
             yield "critic", f"{kind} compares rewards with each other and has no critic; leave it out, or use gae"
         return
-    if family in ("image_tokens", "masked_diffusion", "masked_text"):
+    if family in ("masked_diffusion", "masked_text"):
         yield "advantage", f"gae has no critic for {family} policies yet; use group_std"
     if objective.ratio in ("sequence", "sequence_product"):
         yield "ratio", "gae has an advantage for each step, a sequence's ratio one for all; use token or sequence_token"
