@@ -31,9 +31,9 @@ HEAD = """# Presets on the embedded world
 
 How many samples a preset needs until the held-out score is reached, and the best score until then (or until the run's
 end). Only `objective.preset` changes within a table: learning rate, batch and updates a rollout are the same for all,
-and tuned for none. So it says what a preset does as it is, not which method is best. The score is looked at every four
+and tuned for none. So it says what a preset does as it is, not which method is best. The score is looked at every few
 optimiser steps, on few questions: with these few seeds, differences of less than a factor of two mean little. Made by
-`benchmarks/preset_table.py`.
+`benchmarks/preset_table.py`; CPU seconds, where they were kept, are of one thread and include the evaluations.
 """
 
 
@@ -190,7 +190,7 @@ def table(arguments: argparse.Namespace) -> None:
             continue
         base = max(run["curve"][0][1] for runs in found[name].values() for run in runs.values())
         print(f"## {setting.title}\n\n{_about(setting)} The base model has {base:.2f}.\n")
-        print("| preset | seeds that reached it | samples to reach it, by seed | best score, by seed | CPU s a run |")
+        print("| preset | seeds that reached it | samples to reach it, by seed | best score, by seed | CPU seconds |")
         print("| --- | --- | --- | --- | --- |")
         for preset in setting.presets:
             runs = [run for _, run in sorted(found[name][preset].items())]
@@ -200,11 +200,12 @@ def table(arguments: argparse.Namespace) -> None:
                 f"{sum(seen is not None for seen in reached)} of {len(runs)}" if runs else "not run",
                 ", ".join("not reached" if seen is None else f"{seen:,}" for seen in reached),
                 ", ".join(f"{run['best']:.2f}" for run in runs),
-                ", ".join(f"{run['cpu_seconds']:.0f}" for run in runs if run["cpu_seconds"]) or "not kept",
+                ", ".join(f"{run['cpu_seconds']:.0f}" for run in runs if run["cpu_seconds"] is not None),
             ]
             print("| " + " | ".join(cells) + " |")
-        missing = sorted(set(PRESETS) - set(setting.presets))
-        print(f"\nNot in this table: {', '.join(f'`{preset}`' for preset in missing)}.\n")
+        print()
+    missing = sorted(set(PRESETS) - {preset for setting in SETTINGS.values() for preset in setting.presets})
+    print(f"In none of these tables: {', '.join(f'`{preset}`' for preset in missing)}.")
 
 
 def _about(setting: Setting) -> str:

@@ -225,6 +225,7 @@ def _work_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
         ("optimiser", f"AdamW, {_compact(recipe.optimizer.model_dump())}"),
         ("engine", f"{recipe.engine.backend}, ZeRO stage {recipe.engine.zero_stage}"),
         ("checkpoints", f"every {recipe.checkpoint.every} steps, the newest {recipe.checkpoint.keep} are kept"),
+        *([("recorded", "all samples of all rollouts, for data.rollouts")] if recipe.record_rollouts else []),
         *_snapshot_lines(recipe),
     ]
 
