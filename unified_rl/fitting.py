@@ -4,8 +4,9 @@ Gradients and metrics of a try that failed are dropped on all processes, and den
 is the whole one up to rounding. Rollouts keep the batch that they had.
 """
 
+import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from unified_rl.assemble import Parts
 from unified_rl.engine import distributed
 from unified_rl.metrics import StepMetrics
 from unified_rl.recipe.schema import Recipe
-from unified_rl.update import accumulate, finish
+from unified_rl.update import Judge, accumulate, finish
 from unified_rl.windows import Window
 
 
@@ -23,12 +24,18 @@ class TooLargeError(RuntimeError):
 
 
 def fitted_update(
-    parts: Parts, windows: list[Window], replan: Callable[[Parts], list[Window]], *, first_update: bool
+    parts: Parts,
+    windows: list[Window],
+    replan: Callable[[Parts], list[Window]],
+    *,
+    first_update: bool,
+    judge: Callable[[float, Sequence[float], Sequence[Window]], None] = lambda gap, gaps, windows: None,
 ) -> tuple[dict[str, float], Parts]:
     """One optimiser step on `windows`, or on smaller ones; called by every process.
 
     Args:
         replan: cuts the same update anew, as its recipe's `engine` says.
+        judge: `update.Judge` that is also given the windows.
 
     Returns:
         The update's metrics, and the parts to go on with, whose recipe has the `micro_batch` that fitted.
@@ -44,7 +51,8 @@ def fitted_update(
         # Nothing is exchanged within windows under the stages that may halve, so a process can leave them alone.
         failed = [text for text in distributed.gather_objects([message]) if text] if halve else []
         if not failed:
-            return finish(parts.policy, parts.engine, metrics), parts
+            looks: Judge = functools.partial(judge, windows=windows)
+            return finish(parts.policy, parts.engine, metrics, looks), parts
         parts.engine.discard()
         windows = []
         gc.collect()

@@ -20,6 +20,8 @@ class StepMetrics:
     shares: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Numbers whose denominators are in them already, as in the loss: they are only summed."""
     replay_gap: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    """The largest replay gap up to each window."""
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the values [B, s] of the unmasked steps."""

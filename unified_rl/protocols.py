@@ -1,7 +1,8 @@
 """The contracts between the trainer and its parts. Everything above a policy sees only these."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -136,6 +137,27 @@ class DifferentiablePolicy(Policy, Protocol):
             kind: as in `reward_gradient.kind` of a recipe.
             seeds: of fresh noise, where the kind needs it.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A change of how a policy computes that may take a replay gap away, and so tells its cause."""
+
+    change: str
+    """As it ends the sentence "the gap is so large ...", for instance "in float32"."""
+    remedy: str
+    """What a user does if it helps."""
+    active: Callable[[], AbstractContextManager[None]]
+    """Inside it, both `sample` and `log_prob` compute with the change."""
+
+
+@runtime_checkable
+class ProbedPolicy(Policy, Protocol):
+    """A policy that knows what may set its replay apart from its rollout."""
+
+    def probes(self) -> Sequence[Probe]:
+        """The changes that can be made to it as it stands; only tried when a run is about to stop."""
         ...
 
 

@@ -24,7 +24,7 @@ from unified_rl.assemble import Parts, assemble
 from unified_rl.data.recorded import RecordedSampler
 from unified_rl.engine import distributed
 from unified_rl.engine.watch import enter
-from unified_rl.errors import PeerError, RecipeError
+from unified_rl.errors import PeerError
 from unified_rl.evaluate import evaluate
 from unified_rl.fitting import fitted_update
 from unified_rl.guard import alarms, exploited
@@ -33,16 +33,15 @@ from unified_rl.metrics import peak_mib, reward_metrics
 from unified_rl.prepare import Prepared, prepare
 from unified_rl.recall import recall
 from unified_rl.recipe.schema import Recipe
+from unified_rl.replay import ReplayCheck
 from unified_rl.resample import replace_tied
 from unified_rl.rollout import Rollout, roll_out, shown
 from unified_rl.run_folder.random_state import seed_all
 from unified_rl.run_folder.resume import Position, resume
 from unified_rl.run_folder.saving import Saver, end_exploited, is_due
 from unified_rl.run_folder.tracking import open_run, read_jsonl
-from unified_rl.snapshots import TRAINED
 from unified_rl.stopping import UNASKED, Abandoned, StopSignal
 from unified_rl.types import Prompt
-from unified_rl.update import replay_gap, window_loss, window_stats
 from unified_rl.windows import Window
 
 DONE = 0
@@ -67,16 +66,14 @@ def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
             windows = plan_update(parts, prepared, index, number)
             started = time.perf_counter()
             enter("update")
-            first = number == 0
-            probed = probe_replay(parts, windows) if first and recipe.rollout_weights != TRAINED else None
-            own = probed is None and not isinstance(parts.sampler, RecordedSampler)
+            replay = ReplayCheck(parts, rollout)
+            probed = replay.ahead(windows, starts=index == at.rollout) if number == 0 else None
+            told = number == 0 and replay.by_update
             replan = functools.partial(plan_update, prepared=prepared, index=index, number=number)
-            changed, parts = fitted_update(parts, windows, replan, first_update=first and own)
+            changed, parts = fitted_update(parts, windows, replan, first_update=told, judge=replay.judge)
             changed = changed if probed is None else {**changed, "replay_gap": probed}
             parts.snapshots.tick("step")
             step += 1
-            if number == 0:
-                check_replay(recipe, changed["replay_gap"])
             skipped = 0 if math.isfinite(changed["grad_norm"]) else skipped + 1
             check_finite(recipe, skipped, index)
             coefs = parts.memory.observe({**row, **changed} if number == 0 else changed)
@@ -169,32 +166,10 @@ def plan_update(parts: Parts, prepared: Sequence[Prepared], index: int, number: 
     return [window for part in prepared for window in plan_windows(parts, part, index, number)]
 
 
-def probe_replay(parts: Parts, windows: Sequence[Window]) -> float:
-    """The replay gap of weights that draw rollouts without being the trained ones: of the first window of each segment,
-    because the update itself never evaluates them."""
-    first = {window.target.name: window for window in reversed(windows) if window.loss is window_loss}
-    with torch.no_grad(), parts.snapshots.use(parts.recipe.rollout_weights):
-        gaps = [replay_gap(window, window_stats(parts.policy, window).log_probs) for window in first.values()]
-    return distributed.max_over_ranks([max(gaps, default=0.0)])[0]
-
-
 def has_left(recipe: Recipe, changed: dict[str, float]) -> bool:
     """Whether the policy is as far from the rollout's as its objective allows (PPO's early stop)."""
     limits = [objective.stop_kl for objective in recipe.objective.values() if objective.stop_kl is not None]
     return bool(limits) and changed["update_kl"] > min(limits)
-
-
-def check_replay(recipe: Recipe, gap: float) -> None:
-    """Stop rather than train on wrong ratios.
-
-    Raises:
-        RecipeError: if replay did not give the log-probs of the rollout.
-    """
-    if gap > recipe.max_replay_gap:
-        raise RecipeError(
-            f"max_replay_gap: replay differs from the rollout by {gap:.2e}, more than {recipe.max_replay_gap:.0e}; "
-            f"with policy.dtype {recipe.policy.dtype} try engine.rollout_batch equal to engine.micro_batch, or float32"
-        )
 
 
 class DivergedError(RuntimeError):

@@ -1,6 +1,8 @@
 """One optimiser step: the loss of each window, its backward, and the engine's step. It knows log-probs, masks and
 advantages, and nothing of what a step of the policy is."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,11 +63,15 @@ def replay_gap(window: Window[Target], log_probs: Tensor) -> float:
     Args:
         log_probs: [B, s] by the weights that drew the rollout.
     """
-    mask = window.target.loss_mask[window.rows, window.steps].to(log_probs.device)
-    rollout = window.target.segment.rollout_log_probs[window.rows, window.steps].to(log_probs.device)
+    rollout = window.target.segment.rollout_log_probs[window.rows, window.steps]
+    return largest_gap(log_probs, rollout, window.target.loss_mask[window.rows, window.steps])
+
+
+def largest_gap(log_probs: Tensor, others: Tensor, mask: Tensor) -> float:
+    """Largest distance of log-probs [B, s] where the mask is set, in nats; inf for a NaN, 0 where nothing is set."""
     # A NaN must fail the check of the gap, not slip through its comparisons.
-    gaps = (log_probs.detach() - rollout).abs()[mask].nan_to_num(nan=torch.inf)
-    return float(gaps.max()) if len(gaps) else 0.0
+    apart = (log_probs.detach() - others.to(log_probs.device)).abs()[mask.to(log_probs.device)]
+    return float(apart.nan_to_num(nan=torch.inf).max()) if len(apart) else 0.0
 
 
 def _policy_loss(stats: StepStats, window: Window[Target], mask: Tensor, metrics: StepMetrics) -> Tensor:
@@ -141,6 +147,10 @@ def _value_loss(stats: StepStats, window: Window, valued: Valued, weights: Tenso
     return loss
 
 
+Judge = Callable[[float, Sequence[float]], None]
+"""Is given the replay gap of all processes, and the largest gap up to each of this one's windows; may raise."""
+
+
 def update(policy: Policy, engine: Engine, windows: list[Window], *, first_update: bool) -> dict[str, float]:
     """Accumulate all windows and take one optimiser step; returns its metrics, equal on every process."""
     metrics = StepMetrics()
@@ -155,14 +165,23 @@ def accumulate(
     for window in windows:
         with engine.window():
             engine.backward(window.loss(policy, window, metrics, first_update=first_update))
+        metrics.gaps.append(metrics.replay_gap)
 
 
-def finish(policy: Policy, engine: Engine, metrics: StepMetrics) -> dict[str, float]:
-    """Take the optimiser step of what was accumulated; returns its metrics, equal on every process."""
+def finish(
+    policy: Policy, engine: Engine, metrics: StepMetrics, judge: Judge = lambda gap, gaps: None
+) -> dict[str, float]:
+    """Take the optimiser step of what was accumulated; returns its metrics, equal on every process.
+
+    Args:
+        judge: looks at the replay before any weight changes.
+    """
     lr = engine.lr
+    seen = metrics.reduce()
+    judge(seen["replay_gap"], metrics.gaps)
     grad_norm = engine.step()
     policy.version += 1
-    return {**metrics.reduce(), "grad_norm": grad_norm, "lr": lr}
+    return {**seen, "grad_norm": grad_norm, "lr": lr}
 
 
 @torch.no_grad()

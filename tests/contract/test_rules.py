@@ -68,6 +68,7 @@ def test_files_and_functions_stay_short(path: Path):
         "rollout",
         "evaluate",
         "metrics",
+        "replay",
         "advantages",
     ],
 )

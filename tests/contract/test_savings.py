@@ -211,7 +211,7 @@ def test_what_a_pipeline_lacks_is_said(keys: dict[str, Any], message: str):
     sampling = DiffusionSampling()
     block = PolicyBlock.model_validate({"model": "x", "family": "diffusion", "sampling": sampling.model_dump(), **keys})
     with pytest.raises(RecipeError, match=message):
-        apply(BarePipeline(), BareDenoiser(), block)
+        apply(BarePipeline(), [BareDenoiser()], block)
     with pytest.raises(RecipeError, match=r"text_encoders: BarePipeline has none to offload"):
         TextEncoders(BarePipeline(), "offload")
 
@@ -220,7 +220,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     block = PolicyBlock(model="x", family="diffusion", compile=True, sampling=DiffusionSampling())
     with pytest.raises(RecipeError, match=r"policy.compile: on a CPU it needs a C\+\+ compiler \(no-such-compiler\)"):
-        apply(BarePipeline(), BareDenoiser(), block)
+        apply(BarePipeline(), [BareDenoiser()], block)
 
 
 def test_compiled_blocks_give_the_same_numbers():
@@ -246,7 +246,7 @@ def test_compiled_blocks_give_the_same_numbers():
     expected = run()
     apply(
         BarePipeline(),
-        denoiser,
+        [denoiser],
         PolicyBlock(model="x", family="diffusion", compile=True, sampling=DiffusionSampling()),
     )
     assert all(block._compiled_call_impl is not None for block in denoiser.blocks)

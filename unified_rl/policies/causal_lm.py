@@ -7,6 +7,7 @@ computed once where the model's cache allows it.
 """
 
 import copy
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,11 +35,13 @@ from unified_rl.policies.frozen_tower import find_towers, remember
 from unified_rl.policies.hidden_states import catching, of_completions
 from unified_rl.policies.lora import lora_config, restore_model, select_trained
 from unified_rl.policies.memo import Memo
+from unified_rl.policies.probing import float32_probes, prefill_probe, switched_off
 from unified_rl.policies.savings import recomputing
 from unified_rl.policies.sharded import is_sharded
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.teacher_forcing import can_share, plain_logits, shared_logits
 from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds, recorded_tokens, told_tokens
+from unified_rl.protocols import Probe
 from unified_rl.recipe.policy import PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
@@ -345,6 +348,13 @@ class CausalLMPolicy:
     def restore(self, directory: Path) -> None:
         """Load what `save` wrote."""
         restore_model(self.module, directory, adapted=self._block.adapter.kind == "lora")
+
+    def probes(self) -> list[Probe]:
+        """Low precision, and prompts that are computed once for a group."""
+        found = float32_probes([self.module])
+        if self.shares_prefill:
+            found.append(prefill_probe(functools.partial(switched_off, self, "shares_prefill")))
+        return found
 
     def _completion_logits(self, rows: list[Inputs], tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, S, V] logits that predicted `tokens` [B, S], in the model's dtype, and if watched [B, S, H] the hidden

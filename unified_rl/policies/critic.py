@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unified_rl.errors import RecipeError
-from unified_rl.protocols import Policy, WatchedPolicy
+from unified_rl.protocols import Policy, Probe, ProbedPolicy, WatchedPolicy
 from unified_rl.recipe.critic import Critic
 from unified_rl.recipe.schema import Recipe
 from unified_rl.types import Prompt, Segment, StepStates, StepStats, Trajectory
@@ -190,6 +190,10 @@ class CriticPolicy:
         if name not in self._trunks and not settings.trunk_gradient:
             states = replace(states, state=states.state.detach())
         return self._values[name](states)
+
+    def probes(self) -> Sequence[Probe]:
+        """As the policy alone."""
+        return self._policy.probes() if isinstance(self._policy, ProbedPolicy) else []
 
     @contextmanager
     def reference(self) -> Iterator[None]:

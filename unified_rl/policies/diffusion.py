@@ -6,12 +6,11 @@ the scheduler returns the recorded state; at an asked step the real denoiser run
 state is scored. Guidance, packing, casts, img2img starts and inpainting blends are therefore exactly those of sampling.
 """
 
-import copy
 import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ from torch import Tensor, nn
 
 from unified_rl.policies import differentiable, recorded_pictures, savings
 from unified_rl.policies.bypass import bypassing, recording
-from unified_rl.policies.denoiser_lora import add_adapter, restore_adapter, save_adapter, switch_adapters
+from unified_rl.policies.denoisers import Denoisers
 from unified_rl.policies.denoising import PredictPass, first_latents
 from unified_rl.policies.encoders import Encoders
 from unified_rl.policies.latent_states import StartPass, latent_states
-from unified_rl.policies.lora import lora_config, select_trained
 from unified_rl.policies.noise_plan import group_seed, noisy_steps, shares_initial_noise
-from unified_rl.policies.pipeline_call import call_arguments, denoiser_name, rows_of
+from unified_rl.policies.pipeline_call import call_arguments, rows_of
 from unified_rl.policies.pipeline_table import refusal
+from unified_rl.policies.probing import UNGUIDED, UNGUIDED_REMEDY, float32_probes, switched_off, without_guidance
 from unified_rl.policies.scheduler_head import (
     LoopLeft,
     Pass,
@@ -39,10 +38,12 @@ from unified_rl.policies.scheduler_head import (
     stochastic_scheduler,
     stored_states,
 )
+from unified_rl.protocols import Probe
 from unified_rl.recipe.policy import DiffusionSampling, PolicyBlock
 from unified_rl.types import Completion, Denoised, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
 SEGMENT = "image"
+STATEFUL = "the denoiser or the scheduler remembers earlier steps (a cache, a multistep solver); switch that off"
 CALL_DEFAULTS = "call_defaults.json"
 """A checkpoint folder may hold default call arguments in this file, beside model_index.json."""
 
@@ -84,7 +85,6 @@ class DiffusionPolicy:
         self._block = block
         self._settings: dict[bool, Any] = {False: block.sampling, True: evaluation or block.sampling}
         self._call_defaults = dict(call_defaults or {})
-        self._name = denoiser_name(pipeline)
         self._head = SchedulerHead()
         if "scheduler" not in pipeline.components:
             raise UnsupportedPipelineError(f"{type(pipeline).__name__}: no component named scheduler")
@@ -93,18 +93,10 @@ class DiffusionPolicy:
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        self.module: Any = getattr(pipeline, self._name)
-        if block.attention is not None:
-            self.module.set_attention_backend(block.attention)
-        self._reference: nn.Module | None = None
-        if block.adapter.kind == "lora":
-            add_adapter(self.module, lora_config(self.module, block.adapter))
-        else:
-            if with_reference:
-                self._reference = copy.deepcopy(self.module)
-            self.module.requires_grad_(True)
-        select_trained(self.module, block.train)
-        savings.apply(pipeline, self.module, block)
+        self._denoisers = Denoisers(pipeline, block, with_reference=with_reference)
+        self.module: Any = self._denoisers.module
+        savings.apply(pipeline, [*self._denoisers.parts.values()], block)
+        self._fast_forward = self._guided = True
         self._encoders = Encoders(pipeline, block.memory.text_encoders)
 
     def _take_scheduler(self) -> None:
@@ -209,7 +201,7 @@ class DiffusionPolicy:
         templates: list[list[Any]] = segment.actions["templates"][0]  # type: ignore[assignment]
         states: Any = segment.actions["states"]
         tape = ReplayPass(states, segment.actions["stored"][0], asked, segment.rollout_log_probs.shape[1])  # type: ignore[arg-type]
-        bypass = bypassing(tape, templates, len(prompts))
+        bypass = self._skipping(tape, templates, len(prompts))
         noisy = segment.loss_mask[0].nonzero().flatten().tolist()
         with self._pass(tape, bypass, prompts, self._settings[False], noisy), suppress(LoopLeft):
             self._call(prompts, self._settings[False])
@@ -281,7 +273,7 @@ class DiffusionPolicy:
 
     @property
     def _device(self) -> torch.device:
-        return self.module.device
+        return self._denoisers.device
 
     def record(self, prompts: Sequence[Prompt], recorded: Sequence[Recorded]) -> Trajectory:
         """Recorded pictures as trajectories, see `recorded_pictures`."""
@@ -320,38 +312,32 @@ class DiffusionPolicy:
                 f"{type(self._pipeline).__name__}: no gradient flows from the scheduler's step to the denoiser"
             )
 
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """The adapter switched off, or the frozen copy in the denoiser's place."""
-        if self._block.adapter.kind == "lora":
-            switch_adapters(self.module, False)
-            try:
-                yield
-            finally:
-                switch_adapters(self.module, True)
-            return
-        if self._reference is None:
-            raise RuntimeError("this policy was built without a reference")
-        setattr(self._pipeline, self._name, self._reference)
-        try:
-            yield
-        finally:
-            setattr(self._pipeline, self._name, self.module)
+    def reference(self) -> AbstractContextManager[None]:
+        """The adapters switched off, or the frozen copies in the denoisers' places."""
+        return self._denoisers.reference()
 
     def save(self, directory: Path) -> None:
-        """Full fine-tuning: the denoiser's folder as in its pipeline; LoRA: `pytorch_lora_weights.safetensors`."""
-        if self._block.adapter.kind == "lora":
-            save_adapter(self.module, directory)
-        else:
-            self.module.save_pretrained(directory / self._name)
+        """See `Denoisers.save`."""
+        self._denoisers.save(directory)
 
     def restore(self, directory: Path) -> None:
         """Load what `save` wrote."""
-        if self._block.adapter.kind == "lora":
-            restore_adapter(self.module, directory)
-            return
-        saved = type(self.module).from_pretrained(directory / self._name, dtype=self.module.dtype)
-        self.module.load_state_dict(saved.state_dict())
+        self._denoisers.restore(directory)
+
+    def probes(self) -> list[Probe]:
+        """Low precision, guidance, and the denoiser's calls that replay leaves out."""
+        parts = [part for part in self._pipeline.components.values() if isinstance(part, nn.Module)]
+        dropped = self._block.memory.text_encoders == "drop"  # nothing can be encoded once more
+        found = [] if dropped else float32_probes(parts, self._encoders.afresh)
+        if without_guidance(type(self._pipeline), {**self._call_defaults, **self._settings[False].call}):
+            active = functools.partial(switched_off, self, "_guided")
+            found.append(Probe(change=UNGUIDED, remedy=UNGUIDED_REMEDY, active=active))
+        active = functools.partial(switched_off, self, "_fast_forward")
+        return [*found, Probe(change="with every call of the denoiser made", remedy=STATEFUL, active=active)]
+
+    def _skipping(self, tape: Any, templates: list[list[Any]], num_rows: int) -> Callable:
+        """The denoiser's wrapper in a replay."""
+        return bypassing(tape, templates, num_rows) if self._fast_forward else _calling
 
     def _noise_seeds(self, prompts: Sequence[Prompt], settings: DiffusionSampling) -> list[int]:
         """The seeds of what the pipeline draws itself, its first latents above all."""
@@ -360,11 +346,10 @@ class DiffusionPolicy:
         return [prompt.seed for prompt in prompts]
 
     def _call(self, prompts: Sequence[Prompt], settings: DiffusionSampling, **more: Any) -> Any:
-        arguments = call_arguments(
-            type(self._pipeline),
-            prompts,
-            {**self._call_defaults, **settings.call, "num_inference_steps": settings.num_inference_steps, **more},
-        )
+        given = {**self._call_defaults, **settings.call, "num_inference_steps": settings.num_inference_steps, **more}
+        if not self._guided:
+            given |= without_guidance(type(self._pipeline), given)
+        arguments = call_arguments(type(self._pipeline), prompts, given)
         if "generator" in arguments:
             arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self._encoders.seeds]
         # Without the pipeline's torch.no_grad: sampling brings its own, scoring wants gradients.
@@ -380,13 +365,11 @@ class DiffusionPolicy:
         noisy: list[int] | None,
     ) -> Iterator[None]:
         """Drive the loop by `tape`, the denoiser's forward wrapped by `denoise`."""
-        module = getattr(self._pipeline, self._name)
         self._begin(tape, settings, noisy)
         self._encoders.seeds = self._noise_seeds(prompts, settings)
-        module.forward = functools.wraps(module.forward)(functools.partial(denoise, module.forward))
         devices = [self._device] if self._device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices):
+            with self._denoisers.wrapped(denoise), torch.random.fork_rng(devices):
                 torch.manual_seed(self._encoders.seeds[0])
                 before = torch.get_rng_state()
                 yield
@@ -396,5 +379,8 @@ class DiffusionPolicy:
                         "depends on its batch; sample one row at a time (engine.rollout_batch and micro_batch: 1)"
                     )
         finally:
-            del module.forward  # the instance's; the class's own comes back
             self._end()
+
+
+def _calling(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)

@@ -49,6 +49,15 @@ class Encoders:
         finally:
             self._alone = False
 
+    @contextmanager
+    def afresh(self) -> Iterator[None]:
+        """Inside it, nothing is known of what was encoded before."""
+        known, self._memo = self._memo, Memo()
+        try:
+            yield
+        finally:
+            self._memo = known
+
     def drop(self) -> None:
         """Free the text encoders' weights; what was not encoded yet cannot be any more."""
         self._text.drop()
@@ -123,7 +132,7 @@ class TextEncoders:
                 " of them; use offload"
             )
         for parameter, weight in self._weights.items():
-            parameter.data = weight.to(parameter.device)
+            parameter.data = weight.to(parameter.device, parameter.dtype)
 
     @contextmanager
     def encoding(self) -> Iterator[None]:

@@ -49,13 +49,14 @@ class Remembered:
         if any(parameter.numel() == 0 for parameter in self._tower.parameters()):
             # Sharded (ZeRO-3): its layers gather their weights together on all ranks, so all must run alike.
             return self._compute(*args, **kwargs)
+        name = f"{self._name} in {next(self._tower.parameters()).dtype}"  # a probe may raise it
         num_pictures = _num_pictures([*args, *kwargs.values()])
         if self._layout is None or not num_pictures:
-            parts, layout = self._memo.whole(self._name, self._taken_apart, args, kwargs)
+            parts, layout = self._memo.whole(name, self._taken_apart, args, kwargs)
             if num_pictures < 2 or not has_rows(parts, num_pictures):
                 return tree_unflatten(parts, layout)
             self._layout = layout
-        parts = self._memo.by_row(self._name, self._parts, args, kwargs, num_pictures)
+        parts = self._memo.by_row(name, self._parts, args, kwargs, num_pictures)
         return tree_unflatten(parts, self._layout)
 
     def _taken_apart(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], TreeSpec]:

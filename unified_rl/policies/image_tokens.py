@@ -6,7 +6,8 @@ A picture's tokens are drawn from the guided distribution of the model's image h
 with one reward, as in T2I-R1 (Jiang et al. 2025, arXiv 2505.00703), whose objective settings may differ by segment.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.policies.guided_tokens import Drawing, Row
 from unified_rl.policies.image_families import DRAWN, family_of
 from unified_rl.policies.lora import select_trained
+from unified_rl.policies.probing import UNGUIDED, UNGUIDED_REMEDY
+from unified_rl.protocols import Probe
 from unified_rl.recipe.policy import ImageTokenSampling, PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Segment, StepStates, StepStats, Trajectory
 
@@ -128,6 +131,21 @@ class ImageTokensPolicy(CausalLMPolicy):
             std=None,
             states=StepStates(state=states[:, steps], level=None) if self._watched else None,
         )
+
+    def probes(self) -> list[Probe]:
+        """Those of language models, and guidance."""
+        if self._drawn[False].guidance_scale == 1:
+            return super().probes()
+        return [*super().probes(), Probe(change=UNGUIDED, remedy=UNGUIDED_REMEDY, active=self._unguided)]
+
+    @contextmanager
+    def _unguided(self) -> Iterator[None]:
+        drawn = self._drawn
+        self._drawn = {key: each.model_copy(update={"guidance_scale": 1.0}) for key, each in drawn.items()}
+        try:
+            yield
+        finally:
+            self._drawn = drawn
 
     def _drawing(self, settings: ImageTokenSampling) -> Drawing:
         return Drawing(

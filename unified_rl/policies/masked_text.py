@@ -23,8 +23,10 @@ from unified_rl.policies.categorical_head import processors, score, suppressed_i
 from unified_rl.policies.causal_lm import VISION
 from unified_rl.policies.lora import lora_config, restore_model, select_trained
 from unified_rl.policies.masked_text_model import load_model
+from unified_rl.policies.probing import float32_probes
 from unified_rl.policies.savings import recomputing
 from unified_rl.policies.text_inputs import TextInputs
+from unified_rl.protocols import Probe
 from unified_rl.recipe.policy import MaskedTextSampling, PolicyBlock
 from unified_rl.transitions import unmask
 from unified_rl.types import Completion, Prompt, Segment, StepStats, Trajectory
@@ -234,6 +236,10 @@ class MaskedTextPolicy:
             self._active = self.module
             if lora:
                 self.module.enable_adapters()
+
+    def probes(self) -> list[Probe]:
+        """Low precision."""
+        return float32_probes([self.module])
 
     def save(self, directory: Path) -> None:
         """Full fine-tuning: model and tokenizer; LoRA: peft's adapter files and the tokenizer."""

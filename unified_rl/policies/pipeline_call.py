@@ -159,16 +159,14 @@ def _media(row: Any) -> tuple[Any, ...]:
     return (row,)
 
 
-def denoiser_name(pipeline: Any) -> str:
-    """The component that is trained.
+def denoiser_names(pipeline: Any) -> list[str]:
+    """The components that are trained: the denoiser, and those that take its place at some steps (`transformer_2`).
 
     Raises:
-        UnsupportedPipelineError: if there is none, or a second one.
+        UnsupportedPipelineError: if there is none.
     """
-    present = [name for name in DENOISERS if isinstance(pipeline.components.get(name), nn.Module)]
-    if not present:
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    first = next((name for name in DENOISERS if name in parts), None)
+    if first is None:
         raise UnsupportedPipelineError(f"{type(pipeline).__name__}: no denoiser among its components ({DENOISERS})")
-    second = [name for name in pipeline.components if name.startswith(f"{present[0]}_")]
-    if any(isinstance(pipeline.components[name], nn.Module) for name in second):
-        raise UnsupportedPipelineError(f"{type(pipeline).__name__}: two denoisers ({present[0]}, {second[0]})")
-    return present[0]
+    return [first, *sorted(name for name in parts if name.startswith(f"{first}_"))]

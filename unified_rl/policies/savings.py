@@ -4,7 +4,7 @@ import functools
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from unified_rl.recipe.policy import PolicyBlock
 COMPILERS = ("c++", "g++", "clang++")
 
 
-def apply(pipeline: Any, denoiser: Any, block: PolicyBlock) -> None:
+def apply(pipeline: Any, denoisers: Sequence[Any], block: PolicyBlock) -> None:
     """Switch on all but the text encoders' part, for which see `TextEncoders`.
 
     Raises:
@@ -26,7 +26,8 @@ def apply(pipeline: Any, denoiser: Any, block: PolicyBlock) -> None:
     savings, name = block.memory, type(pipeline).__name__
     if savings.gradient_checkpointing:
         try:
-            denoiser.enable_gradient_checkpointing()
+            for denoiser in denoisers:
+                denoiser.enable_gradient_checkpointing()
         except ValueError as error:
             raise RecipeError(f"policy.memory.gradient_checkpointing: {error}") from error
     vae = pipeline.components.get("vae")
@@ -44,7 +45,8 @@ def apply(pipeline: Any, denoiser: Any, block: PolicyBlock) -> None:
             raise RecipeError(f"policy.memory.decode_batch: {name} has no VAE")
         vae.decode = in_chunks(vae.decode, savings.decode_batch)
     if block.compile:
-        _compile(denoiser)
+        for denoiser in denoisers:
+            _compile(denoiser)
 
 
 def in_chunks(decode: Callable, size: int) -> Callable:
