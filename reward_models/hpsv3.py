@@ -57,9 +57,9 @@ class Hpsv3:
         if REWARD not in self.instruction or "{text_prompt}" not in self.instruction:
             raise ValueError(f"the instruction needs {{text_prompt}} and {REWARD}")
         commit = pinned(base, base_revision)
-        self.tokenizer = AutoTokenizer.from_pretrained(base, revision=commit, padding_side="right")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(base, revision=commit, padding_side="right")
         self.tokenizer.add_tokens([REWARD], special_tokens=True)
-        self.reward_id: int = self.tokenizer.convert_tokens_to_ids(REWARD)
+        self.reward_id = self.tokenizer.convert_tokens_to_ids(REWARD)
         self.pictures = AutoImageProcessor.from_pretrained(base, revision=commit)
         config = AutoConfig.from_pretrained(base, revision=commit)
         state = tensors_of(hub_file(model, weights, revision))
@@ -166,9 +166,8 @@ def _backbone(config: Any, state: dict[str, Any], dtype: Any) -> Any:
     from transformers import Qwen2VLModel
 
     config.get_text_config().vocab_size = state["language_model.embed_tokens.weight"].shape[0]
-    model, report = Qwen2VLModel.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
+    loader: Any = Qwen2VLModel
+    model, report = loader.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     wrong = [*report["missing_keys"], *report["unexpected_keys"]]
     if wrong:
         raise ValueError(f"the weights do not fit the base model: {', '.join(sorted(wrong)[:3])}")

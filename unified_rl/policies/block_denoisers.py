@@ -74,7 +74,7 @@ class MaskedBlocks:
         self._scheduler = recorded_blocks(BlockRefinementScheduler(), self._head)
 
     def run(self, model: nn.Module, prompts: Tensor, settings: MaskedTextSampling, tape: BlockTape) -> Tensor:
-        pipeline = LLaDA2Pipeline(model=model, scheduler=self._scheduler, tokenizer=None)
+        pipeline: Any = LLaDA2Pipeline(model=model, scheduler=self._scheduler, tokenizer=None)
         pipeline.set_progress_bar_config(disable=True)
 
         def denoise(forward: Call, ids: Tensor, **inputs: Any) -> Any:
@@ -135,8 +135,9 @@ class CanvasBlocks:
     """
 
     def __init__(self, model: DiffusionGemmaForBlockDiffusion, end_id: int) -> None:
-        self._canvas_length = model.config.canvas_length
-        self._num_vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        config: Any = model.config
+        self._canvas_length: int = config.canvas_length
+        self._num_vocabulary: int = config.get_text_config(decoder=True).vocab_size
         self._end_id = end_id
         self._head = BlockHead()
         self._scheduler = recorded_blocks(BlockRefinementScheduler(), self._head)
@@ -144,7 +145,7 @@ class CanvasBlocks:
     def run(self, model: nn.Module, prompts: Tensor, settings: MaskedTextSampling, tape: BlockTape) -> Tensor:
         config = {"threshold": settings.threshold, "editing_threshold": settings.editing_threshold}
         self._scheduler.register_to_config(**config)
-        pipeline = DiffusionGemmaPipeline(model=model, scheduler=self._scheduler, processor=_Encoded(prompts))
+        pipeline: Any = DiffusionGemmaPipeline(model=model, scheduler=self._scheduler, processor=_Encoded(prompts))
         pipeline.set_progress_bar_config(disable=True)
 
         def denoise(forward: Call, *, decoder_input_ids: Tensor, **inputs: Any) -> Any:
@@ -168,7 +169,7 @@ class CanvasBlocks:
             "confidence_threshold": None,  # it would put the likeliest tokens in the place of those that were drawn
             "output_type": "seq",
         }
-        hook = model.model.decoder.self_conditioning.register_forward_pre_hook(listen)
+        hook = _self_conditioning(model).register_forward_pre_hook(listen)
         try:
             with self._head.driven(tape), _wrapped(model, denoise):
                 generated = pipeline(**{**settings.call, **arguments}).sequences
@@ -193,7 +194,7 @@ class CanvasBlocks:
             told = [silence[row] if signal is None else signal for row, signal in enumerate(recorded)]
             return embeds, torch.stack([signal.to(silence) for signal in told])
 
-        hook = model.model.decoder.self_conditioning.register_forward_pre_hook(tell)
+        hook = _self_conditioning(model).register_forward_pre_hook(tell)
         try:
             return model(
                 input_ids=ids,
@@ -232,6 +233,10 @@ class _Encoded:
         return BatchFeature({"input_ids": self._ids})
 
 
+def _self_conditioning(model: Any) -> nn.Module:
+    return model.model.decoder.self_conditioning
+
+
 def _blocks(logits: Tensor, states: Sequence[State]) -> Tensor:
     """[B, T, V] to the [B, L, V] of each row's block."""
     starts = torch.tensor([state.start for state in states], device=logits.device)
@@ -244,7 +249,7 @@ def _blocks(logits: Tensor, states: Sequence[State]) -> Tensor:
 def _wrapped(model: nn.Module, denoise: Call) -> Iterator[None]:
     """The model's forward called through `denoise(forward, ...)`."""
     own = model.forward
-    model.forward = lambda *args, **kwargs: denoise(own, *args, **kwargs)  # type: ignore[method-assign]
+    model.forward = lambda *args, **kwargs: denoise(own, *args, **kwargs)
     try:
         yield
     finally:

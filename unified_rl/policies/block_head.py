@@ -95,9 +95,8 @@ class BlockTape:
             output = OWN_STEP(scheduler, scores.cpu(), timestep, sample[one].cpu(), generator=generator, **settings)
             outputs.append(_like(output, logits[one]))
             self._record(number, sample[number], outputs[-1], scores)
-        return BlockRefinementSchedulerOutput(
-            **{name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
-        )
+        joined: dict[str, Any] = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+        return BlockRefinementSchedulerOutput(**joined)
 
     def _record(self, number: int, before: Tensor, output: Any, scores: Tensor) -> None:
         """Note what a row drew, with scores [1, L, V]; places from its limit on are nobody's."""
@@ -168,7 +167,7 @@ class BlockHead:
             self.current = None
 
 
-def recorded_blocks(scheduler: BlockRefinementScheduler, head: BlockHead) -> Any:
+def recorded_blocks(scheduler: Any, head: BlockHead) -> Any:
     """A twin of a block scheduler that is driven by the head's tape."""
 
     def tape() -> BlockTape:
@@ -198,12 +197,13 @@ def recorded_blocks(scheduler: BlockRefinementScheduler, head: BlockHead) -> Any
 
 def _nothing(sample: Tensor, logits: Tensor) -> BlockRefinementSchedulerOutput:
     """The step of a row that is done with its block."""
-    none = torch.zeros_like(sample, dtype=torch.bool)
+    none: Any = torch.zeros_like(sample, dtype=torch.bool)
+    tokens: Any = sample
     return BlockRefinementSchedulerOutput(
-        prev_sample=sample,
+        prev_sample=tokens,
         transfer_index=none,
         editing_transfer_index=none,
-        sampled_tokens=sample,
+        sampled_tokens=tokens,
         sampled_probs=torch.zeros_like(sample, dtype=torch.float32),
         pred_logits=logits,
     )

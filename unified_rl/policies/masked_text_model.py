@@ -42,7 +42,8 @@ def load_model(block: PolicyBlock) -> tuple[Any, Any]:
 def _loader(config: dict[str, Any], block: PolicyBlock) -> Any:
     """The class that loads a model of this configuration."""
     model_type = str(config.get("model_type"))
-    if model_type == DiffusionGemmaForBlockDiffusion.config_class.model_type:
+    canvas: Any = DiffusionGemmaForBlockDiffusion.config_class
+    if model_type == canvas.model_type:
         return DiffusionGemmaForBlockDiffusion
     if model_type in CONFIG_MAPPING and model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return AutoModelForMaskedLM

@@ -187,7 +187,7 @@ def fit_head(table: Table, hidden: int, penalty: float, seed: int) -> dict[str, 
         return value
 
     with torch.enable_grad():
-        search.step(loss)  # type: ignore[arg-type]
+        search.step(loss)
     found = {**fixed, **{name: tensor.detach() for name, tensor in layers.items()}}
     last = f"layers.{len(sizes) - 2}"
     if table.scores is None:  # pairs leave the level open: the fitted samples' mean is 0
