@@ -12,10 +12,13 @@ from unified_rl import cli
 from unified_rl.data.sources import load_rows
 from unified_rl.errors import RecipeError
 from unified_rl.recipe.file import RECIPES, load_recipe
-from unified_rl.tiny.models import TWINS
-from unified_rl.tiny.twin import HUB, brightness, shrink, tiny_recipe
+from unified_rl.recipe.policy import DiffusionSampling
+from unified_rl.tiny import language, models
+from unified_rl.tiny.twin import HUB, brightness, letters, shrink, tiny_recipe
 from unified_rl.worlds.edits import train_instructions
 
+NEED_TORCHVISION = ("Qwen/Qwen-Image-Edit", "Qwen/Qwen2.5-VL")
+"""Models whose processors do."""
 NAMES = sorted(path.stem for path in (RECIPES / "models").glob("*.yaml"))
 
 
@@ -29,16 +32,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_for_a_real_model_trains_its_twin(name: str, tmp_path: Path):
-    if "qwen_image_edit" in name and importlib.util.find_spec("torchvision") is None:
-        pytest.skip("the processor of Qwen-Image-Edit needs torchvision")
+    full = load_recipe(name)
+    if full.policy.model.startswith(NEED_TORCHVISION) and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("the model's processor needs torchvision")
     assert cli.main(["train", name, "--tiny", "--output", str(tmp_path)]) == 0
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [1, 2]
     assert metrics[0].get("replay_gap", 0.0) <= 1e-5
     assert metrics[0]["grad_norm"] > 0
-    resolved, full = load_recipe(str(tmp_path / "recipe.yaml")), load_recipe(name)
-    assert resolved.policy.dtype == full.policy.dtype and resolved.policy.adapter.kind == full.policy.adapter.kind
-    assert resolved.policy.sampling.kernel == full.policy.sampling.kernel
+    resolved = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert resolved.policy.adapter == full.policy.adapter.model_copy(
+        update={"rank": resolved.policy.adapter.rank, "alpha": resolved.policy.adapter.alpha}
+    )
+    assert resolved.policy.dtype == ("float32" if full.policy.adapter.kind == "none" else full.policy.dtype)
+    if isinstance(full.policy.sampling, DiffusionSampling):
+        assert resolved.policy.sampling.kernel == full.policy.sampling.kernel
     assert resolved.objective["all"].preset == full.objective["all"].preset
     assert any((tmp_path / "checkpoints/step_000002/policy").rglob("*.safetensors"))
 
@@ -59,7 +67,7 @@ def test_rewards_of_recipes_are_offered_by_the_project():
 
 
 def test_every_known_model_has_a_twin():
-    assert set(HUB.values()) == set(TWINS)
+    assert set(HUB.values()) == {*models.TWINS, *language.TWINS}
 
 
 def test_what_is_shrunk_is_said_and_overrides_win():
@@ -97,6 +105,14 @@ def test_heavy_rewards_are_stood_in_for_with_their_summed_weight():
     assert small["rewards"] == [*light, {"name": stand_in, "weight": 1.0}]
 
 
+def test_texts_are_shortened_and_traces_fit():
+    small, _ = tiny_recipe("janus_pro_t2i_r1", [])
+    assert small.policy.sampling.think.max_new_tokens == 8 and small.policy.sampling.guidance_scale == 5.0
+    small, _ = tiny_recipe("qwen25_r1_cold_start", [])
+    assert small.policy.sampling.max_new_tokens == 256 and small.policy.sampling.max_prompt_tokens is None
+    assert small.group_size == 1 and [reward.shown_name for reward in small.rewards] == ["think_format", "letters"]
+
+
 def test_a_model_without_a_twin_is_refused():
     with pytest.raises(RecipeError, match=r"no twin of black-forest-labs/FLUX.2-dev is known.*did you mean"):
         shrink({"policy": {"model": "black-forest-labs/FLUX.2-dev"}}, RECIPES)
@@ -105,3 +121,7 @@ def test_a_model_without_a_twin_is_refused():
 def test_brightness_of_pictures_and_videos():
     white, black = Image.new("RGB", (4, 4), "white"), Image.new("RGB", (4, 4), "black")
     assert brightness(["p", "q"], [white, [white, black]]) == [1.0, 0.5]
+
+
+def test_letters_of_texts():
+    assert letters(["p", "q", "r"], ["ab", "a1 .", ""]) == [1.0, 0.25, 0.0]

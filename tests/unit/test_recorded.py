@@ -1,5 +1,7 @@
 """Training on recorded samples: what a file may hold, what is made of it, and that nothing is generated."""
 
+import base64
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -16,7 +18,6 @@ from toys import Bandit, build_parts
 
 from unified_rl.assemble import build_sampler
 from unified_rl.data.recorded import load_recorded
-from unified_rl.data.sources import ImageCell
 from unified_rl.errors import RecipeError
 from unified_rl.recorder import Recorder
 from unified_rl.rollout import Rollout
@@ -169,9 +170,8 @@ def test_pictures_and_conditions_are_found_beside_the_file(tmp_path: Path):
         tmp_path, [{"prompt": "x", "chosen_image": "a.png", "rejected_image": "b.png", "condition_images": ["c.png"]}]
     )
     (group,) = load_recorded(source, {}, 2)
-    assert [sample.reward for sample in group.samples] == [1.0, 0.0] and group.row["images"] == [
-        str(tmp_path / "c.png")
-    ]
+    assert [sample.reward for sample in group.samples] == [1.0, 0.0]
+    assert [cell.value for cell in group.row["images"]] == [tmp_path / "c.png"]
     picture = group.samples[0].picture
     assert picture is not None and picture.open().size == (8, 8)
 
@@ -211,6 +211,18 @@ def test_samples_that_lack_what_the_objective_needs_are_refused(tmp_path: Path):
                      objective={"preset": "best_of_n"})  # fmt: skip
 
 
+def test_pictures_in_the_lines_tell_prompts_apart(tmp_path: Path):
+    lines = []
+    for colour in ("red", "green"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (4, 4), colour).save(buffer, format="PNG")
+        uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        lines.append({"prompt": "what colour?", "condition_images": [uri], "text": colour})
+    first, second = load_recorded(write(tmp_path, lines), {}, 1)
+    assert first.row["images"][0].open().getpixel((0, 0)) == (255, 0, 0)
+    assert second.samples[0].text == "green"
+
+
 def test_columns_and_pictures_survive_a_recorded_rollout(tmp_path: Path):
     """A prompt's messages, columns and pictures come back as they were; a NaN reward leaves its sample out."""
     pictures = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
@@ -238,7 +250,7 @@ def test_columns_and_pictures_survive_a_recorded_rollout(tmp_path: Path):
     (group,) = load_recorded(str(tmp_path), {"r": 1.0}, 2)
     assert group.row["prompt"] == messages and group.row["level"] == 3
     assert [sample.reward for sample in group.samples] == pytest.approx([0.25, math.nan], nan_ok=True)
-    found = [ImageCell(Path(group.row["images"][0]), "").open(), group.row["mask_image"].open()]
+    found = [group.row["images"][0].open(), group.row["mask_image"].open()]
     assert [image.getpixel((0, 0)) for image in found] == [(255, 0, 0), (0, 128, 0)]
     assert group.samples[0].picture is not None and group.samples[0].picture.open().getpixel((1, 1)) == (0, 0, 255)
     for bad, message in (({"reward": 1}, "called reward"), ({"when": math.pi * 1j}, "column when")):

@@ -113,7 +113,7 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
 def stable(value: object) -> str:
     """What JSON does not know, as text that is the same in every process (of pictures in memory, their size)."""
     if isinstance(value, ImageCell):
-        value = value.value
+        value = value.value.encode() if isinstance(value.value, str) else value.value
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if isinstance(value, Image.Image):

@@ -168,7 +168,7 @@ def _read(
     row = {name: value for name, value in raw.items() if name not in OWN and name not in paired}
     conditions = raw.get("condition_images") or []
     if conditions:
-        row["images"] = [str((folder / path).resolve()) for path in conditions]
+        row["images"] = image_cells({"images": conditions}, place, folder)
     for name in media_columns(row):
         row[name] = media_cells(name, row[name], place, folder)
     if not paired:

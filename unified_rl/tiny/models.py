@@ -17,6 +17,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
+from unified_rl.tiny import language
+
 WIDTH = 32
 LENGTH = 64
 """Tokens that the text encoders have positions for."""
@@ -282,24 +284,26 @@ TWINS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def write_twin(name: str, folder: Path) -> None:
-    """Write the twin of a pipeline class (a key of TWINS) with weights from seed 0, in one go, unless it is there.
+    """Write the twin of a pipeline's or model's class (a key of TWINS here or of `language`) with weights from seed 0,
+    in one go, unless it is there.
 
     Raises:
         ImportError: if a component needs a library that is not installed.
     """
-    if (folder / "model_index.json").is_file():
+    if folder.is_dir():
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipeline = getattr(diffusers, name)(**TWINS[name]())
+        parts: Any = language.TWINS[name]() if name in language.TWINS else [getattr(diffusers, name)(**TWINS[name]())]
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        pipeline.save_pretrained(fresh)
+        for part in parts:
+            part.save_pretrained(fresh)
         fresh.chmod(0o755)
         fresh.rename(folder)
     except OSError:
-        if not (folder / "model_index.json").is_file():  # else another process was faster
+        if not folder.is_dir():  # else another process was faster
             raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

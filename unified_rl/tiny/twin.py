@@ -1,8 +1,9 @@
 """`--tiny`: a whole recipe on a laptop, before GPUs are paid for.
 
-The model is swapped for a tiny random twin of the same classes, pictures and counts are shrunk, and `brightness`, which
-a random model can move, is rewarded beside what the recipe rewards or in the place of what needs models of its own.
-Everything else (preset, kernel, noise, adapter, prompts) stays as the recipe says. What was changed is reported.
+The model is swapped for a tiny random twin of the same classes, pictures, texts and counts are shrunk, and `brightness`
+(`letters` of texts), which a random model can move, is rewarded beside what the recipe rewards or in the place of what
+needs models of its own. Everything else (preset, kernel, noise, adapter, prompts) stays as the recipe says. What was
+changed is reported.
 """
 
 import base64
@@ -31,8 +32,13 @@ HUB = {
     "Qwen/Qwen-Image-Edit": "QwenImageEditPipeline",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "WanPipeline",
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "WanImageToVideoPipeline",
+    "Qwen/Qwen2.5-1.5B": "Qwen2ForCausalLM",
+    "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen2_5_VLForConditionalGeneration",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "Qwen2_5_VLForConditionalGeneration",
+    "HuggingFaceTB/SmolVLM-Instruct": "Idefics3ForConditionalGeneration",
+    "deepseek-community/Janus-Pro-7B": "JanusForConditionalGeneration",
 }
-"""Hub name -> pipeline class. Of a model in a folder, the class is read from its index."""
+"""Hub name -> class of the pipeline or model. Of one in a folder, the class is read from its index or config."""
 SIZE = 32
 TEXT_TOKENS = {"max_sequence_length": 32}
 CALLS: dict[str, dict[str, Any]] = {
@@ -45,9 +51,17 @@ CALLS: dict[str, dict[str, Any]] = {
     "WanImageToVideoPipeline": {**TEXT_TOKENS, "num_frames": 5},
 }
 """Call arguments of a twin beside height and width."""
-LIGHT = ("compressibility", "incompressibility", "shapes_strict", "shapes_graded", "edit_strict", "edit_graded")
+LIGHT = (
+    *("compressibility", "incompressibility", "shapes_strict", "shapes_graded", "edit_strict", "edit_graded"),
+    *("answer", "answer_format", "think_format", "box_iou", "point_in_box", "numeric_answer", "multiple_choice"),
+)
 """Rewards that run anywhere; those named by reference (file.py:name) are kept too."""
-STAND_IN = "unified_rl.tiny.twin:brightness"
+BUILDERS = ("models", "language")
+"""Modules that twins are made by."""
+STAND_INS = {name: f"unified_rl.tiny.twin:{name}" for name in ("brightness", "letters")}
+NEW_TOKENS = 8
+TRACE_TOKENS = 256
+"""Where recorded texts are trained on, which must fit."""
 NUM_STEPS = 4
 NUM_ROWS = 8
 BATCH = 4
@@ -57,6 +71,11 @@ RANK = 4
 def brightness(prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
     """Reward that stands in for others: how bright a picture, or a video's mean frame, is, 0 to 1."""
     return [float(np.mean([np.asarray(frame) for frame in _frames(one)])) / 255 for one in completions]
+
+
+def letters(prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+    """Reward that stands in for others: the share of a text's characters that are letters, 0 to 1."""
+    return [sum(character.isalpha() for character in text) / max(1, len(text)) for text in completions]
 
 
 def _frames(completion: Any) -> list:
@@ -79,10 +98,11 @@ def tiny_recipe(name: str, overrides: list[str]) -> tuple[Recipe, list[str]]:
 def shrink(raw: dict, folder: Path) -> tuple[dict, list[str]]:
     """A recipe's dictionary with everything made small; `folder` is where its relative paths are looked up."""
     raw = json.loads(json.dumps(raw))
-    notes = _shrink_model(raw.setdefault("policy", {}), folder)
+    notes = _shrink_model(raw.setdefault("policy", {}), raw.get("data", {}), folder)
     if notes:  # what ships with the project is tiny throughout
         notes += _shrink_pictures(raw.get("data", {}), folder) + _shrink_rewards(raw)
-    counts = {"num_steps": 2, "group_size": 4, "prompts_per_step": 2}
+    alone = raw.get("group_size") == 1
+    counts = {"num_steps": 2, "group_size": 1 if alone else 4, "prompts_per_step": 8 if alone else 2}
     raw.update(counts)
     for key in ("epochs", "minibatches"):
         raw[key] = min(raw.get(key, 1), 2)
@@ -98,14 +118,29 @@ def shrink(raw: dict, folder: Path) -> tuple[dict, list[str]]:
     return raw, notes
 
 
-def _shrink_model(policy: dict, folder: Path) -> list[str]:
+def _shrink_model(policy: dict, data: dict, folder: Path) -> list[str]:
     local = next((base / policy["model"] for base in (folder, Path.cwd()) if (base / policy["model"]).exists()), None)
     if local is not None and local.resolve().is_relative_to(RECIPES.resolve()):
         return []  # ships with the project and is tiny
-    name = _class_of(policy["model"], local)
-    sampling = policy.setdefault("sampling", {})
-    model = policy["model"]
-    policy.update(model=str(_twin(name)), revision=None, family="diffusion")
+    name, model = _class_of(policy["model"], local), policy["model"]
+    policy.update(model=str(_twin(name)), revision=None)
+    sampling, adapter = policy.setdefault("sampling", {}), policy.get("adapter", {})
+    if name in _pipeline_twins():
+        policy["family"] = "diffusion"
+        _shrink_denoising(sampling, name)
+    else:
+        _shrink_texts(sampling, TRACE_TOKENS if data.get("rollouts") else NEW_TOKENS)
+    if adapter.get("kind") == "lora" and adapter.get("rank", 0) > RANK:
+        policy["adapter"] = {**adapter, "rank": RANK, "alpha": adapter.get("alpha", 64.0) * RANK / adapter["rank"]}
+    size = f", {SIZE} x {SIZE} px" if name in _pipeline_twins() else ""
+    notes = [f"policy.model: {model} is stood in for by a random {name} of the same classes{size}"]
+    if adapter.get("kind", "none") == "none" and policy.get("dtype", "float32") != "float32":
+        policy["dtype"] = "float32"
+        notes.append("policy.dtype: float32, because full fine-tuning in less wants ZeRO")
+    return notes
+
+
+def _shrink_denoising(sampling: dict, name: str) -> None:
     sampling["num_inference_steps"] = steps = min(sampling.get("num_inference_steps", NUM_STEPS), NUM_STEPS)
     if sampling.get("noise_steps"):
         sampling["noise_steps"] = min(sampling["noise_steps"], 2)
@@ -115,23 +150,37 @@ def _shrink_model(policy: dict, folder: Path) -> list[str]:
         sampling["noise_range"] = [first, max(first + 2, min(stop, steps))]
     call = {"height": SIZE, "width": SIZE, **CALLS.get(name, {})}
     sampling["call"] = {**sampling.get("call", {}), **call}
-    adapter = policy.get("adapter", {})
-    if adapter.get("kind") == "lora" and adapter.get("rank", 0) > RANK:
-        policy["adapter"] = {**adapter, "rank": RANK, "alpha": adapter.get("alpha", 64.0) * RANK / adapter["rank"]}
-    return [f"policy.model: {model} is stood in for by a random {name} of the same classes, {SIZE} x {SIZE} px"]
+
+
+def _shrink_texts(sampling: dict, most: int) -> None:
+    """Short texts, and no limit to prompts, which have more tokens where these are characters."""
+    sampling.pop("max_prompt_tokens", None)
+    if "max_new_tokens" in sampling:
+        sampling["max_new_tokens"] = min(sampling["max_new_tokens"], most)
+    if isinstance(sampling.get("think"), dict):
+        _shrink_texts(sampling["think"], most)
+
+
+def _pipeline_twins() -> Sequence[str]:
+    from unified_rl.tiny.models import TWINS
+
+    return list(TWINS)
 
 
 def _class_of(model: str, local: Path | None) -> str:
-    from unified_rl.tiny.models import TWINS
+    from unified_rl.tiny import language
 
     if local is not None and (local / "model_index.json").is_file():
         name = json.loads((local / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    elif local is not None and (local / "config.json").is_file():
+        name = json.loads((local / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     elif model in HUB:
         name = HUB[model]
     else:
         raise RecipeError(f"--tiny: no twin of {model} is known{nearest(model, list(HUB))}; known: {', '.join(HUB)}")
-    if name not in TWINS:
-        raise RecipeError(f"--tiny: no twin of {name}; there are twins of {', '.join(TWINS)}")
+    known = [*_pipeline_twins(), *language.TWINS]
+    if name not in known:
+        raise RecipeError(f"--tiny: no twin of {name}; there are twins of {', '.join(known)}")
     return name
 
 
@@ -143,8 +192,8 @@ def _twin(name: str) -> Path:
     """The folder of a class's twin, written if it is not there yet."""
     from unified_rl.tiny import models as tiny_models
 
-    assert tiny_models.__file__ is not None
-    version = hashlib.sha256(Path(tiny_models.__file__).read_bytes()).hexdigest()[:8]
+    code = b"".join(path.read_bytes() for path in (Path(__file__).with_name(f"{file}.py") for file in BUILDERS))
+    version = hashlib.sha256(code).hexdigest()[:8]
     folder = _cache() / f"twins-{version}" / name
     try:
         tiny_models.write_twin(name, folder)
@@ -190,9 +239,10 @@ def _small(cell: ImageCell) -> str:
 def _shrink_rewards(raw: dict) -> list[str]:
     """Replace the rewards that need models of their own, and add what a random model can learn."""
     rewards = raw.get("rewards") or []
+    by = "letters" if raw["policy"].get("family") == "causal_lm" else "brightness"
     heavy = [block for block in rewards if block["name"] not in LIGHT and ":" not in block["name"]]
     weight = sum(block.get("weight", 1.0) for block in heavy) or 1.0
-    raw["rewards"] = [*(block for block in rewards if block not in heavy), {"name": STAND_IN, "weight": weight}]
+    raw["rewards"] = [*(block for block in rewards if block not in heavy), {"name": STAND_INS[by], "weight": weight}]
     if not heavy:
-        return ["rewards: brightness beside the recipe's own"]
-    return [f"rewards: {', '.join(block['name'] for block in heavy)} stood in for by brightness"]
+        return [f"rewards: {by} beside the recipe's own"]
+    return [f"rewards: {', '.join(block['name'] for block in heavy)} stood in for by {by}"]
