@@ -160,4 +160,6 @@ def _wheel() -> Path:
 def _pickled_numbers(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The two lists of floats in the wheel's pickle, which is read as a list of numbers and never executed."""
     numbers = [value for code, value, _ in pickletools.genops(content) if code.name == "BINFLOAT"]
+    if len(numbers) != 2 * NUM_FEATURES:
+        raise ValueError(f"the wheel's ranges are {len(numbers)} numbers, not twice {NUM_FEATURES}")
     return np.array(numbers[:NUM_FEATURES]), np.array(numbers[NUM_FEATURES:])

@@ -43,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """pairs.jsonl and scores.jsonl of drawn scenes, judged by the embedded world's verifier, and a random CLIP."""
     folder, rng = tmp_path_factory.mktemp("world"), random.Random(0)
     pairs, scores = [], []
-    while len(pairs) < 300:
+    while len(pairs) < 200:
         shown = sorted((scene(rng) for _ in range(2)), key=lambda picture: graded(SPEC, picture))
         if graded(SPEC, shown[0]) < graded(SPEC, shown[1]):
             names = [f"{len(pairs)}_{kind}.png" for kind in ("rejected", "chosen")]
@@ -52,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 scores.append({"prompt": PROMPT, "image": name, "reward": graded(SPEC, picture)})
             pairs.append({"prompt": PROMPT, "rejected_image": names[0], "chosen_image": names[1]})
     write(folder / "pairs.jsonl", pairs)
-    write(folder / "scores.jsonl", scores[:200])
+    write(folder / "scores.jsonl", scores[:150])
     tokenizer = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=4)
     torch.manual_seed(0)
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -81,8 +81,8 @@ def test_preferences_are_learned_and_the_folder_is_a_reward(
     assert main(["train-reward", *words]) == 0
     assert "% of pairs right" in capsys.readouterr().out
     about = json.loads((taste / "reward.json").read_text())
-    assert about["objective"] == "bradley_terry" and about["held_out"]["rows"] == 60
-    assert about["held_out"]["low"] > 0.6, "far above chance on pairs that were not fitted"
+    assert about["objective"] == "bradley_terry" and about["held_out"]["rows"] == 40
+    assert about["held_out"]["low"] > 0.55, "far above chance on pairs that were not fitted"
     assert sorted(path.suffix for path in taste.iterdir()) == [".json", ".safetensors"]
 
     (tmp_path / "prompts.txt").write_text(PROMPT)
@@ -114,11 +114,11 @@ def test_preferences_are_learned_and_the_folder_is_a_reward(
 
 def test_scores_are_learned(world: Path, tmp_path: Path) -> None:
     words = [str(world / "scores.jsonl"), "--encoder", str(world / "clip"), "--output", str(tmp_path / "out")]
-    assert main(["train-reward", *words, "--hidden", "8", "--without-prompt"]) == 0
+    assert main(["train-reward", *words, "--hidden", "2", "--without-prompt"]) == 0
     about = json.loads((tmp_path / "out/reward.json").read_text())
     assert about["objective"] == "regression" and about["held_out"]["correlation"] > 0.3
     tensors = load_file(tmp_path / "out/head.safetensors")
-    assert tensors["layers.0.weight"].shape == (8, 64) and tensors["layers.1.weight"].shape == (1, 8)
+    assert tensors["layers.0.weight"].shape == (2, 64) and tensors["layers.1.weight"].shape == (1, 2)
 
 
 def test_heads_by_hand() -> None:

@@ -31,7 +31,7 @@ INNER_SHARE = 0.2
 """Of the fitted rows, to choose the penalty on."""
 CHUNK = 256
 """Pictures that are decoded at a time."""
-MAX_ITERATIONS = 300
+MAX_ITERATIONS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
