@@ -14,6 +14,8 @@ from toys import Bandit, Walker, build_parts
 
 from reward_models.digit_likeness import digit_likeness
 from unified_rl.errors import RecipeError
+from unified_rl.recipe.explain import plan
+from unified_rl.recipe.file import parse_recipe
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.rewards.gradients import DifferentiableReward, load_differentiable
 from unified_rl.rewards.types import RewardError
@@ -144,3 +146,19 @@ def test_digit_likeness_knows_digits_and_leads_to_them():
     better = digit_likeness(["a handwritten three"], blank + noise + 0.5 * blank.grad / blank.grad.norm())
     assert float(better) > float(start.detach()) + 0.05
     assert digit_likeness.differentiable
+
+
+@pytest.mark.parametrize(
+    ("preset", "steps", "windows"),
+    [("draft", 1, 1), ("alignprop", 4, 1), ("draft_lv", 1, 2), ("refl", 1, 1), ("rwr", 4, 4)],
+)
+def test_validate_counts_passes(tmp_path: Path, preset: str, steps: int, windows: int):
+    raw = {
+        "policy": {"model": "toy", "family": "diffusion", "sampling": {"num_inference_steps": 4}},
+        "data": {"prompts": "toy:prompts"},
+        "rewards": [{"name": "toy:reward"}],
+        "objective": {"preset": preset},
+        "group_size": 2,
+    }
+    counts = plan(parse_recipe(raw, tmp_path))
+    assert (counts.steps_trained, counts.windows_per_update) == (steps, windows)

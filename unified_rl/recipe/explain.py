@@ -20,7 +20,7 @@ from unified_rl.recipe.policy import PIPELINES, SAMPLING, STEPWISE, DiffusionSam
 from unified_rl.recipe.presets import PRESETS, RECIPE_PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.recipe.schema import Recipe
-from unified_rl.recipe.step_counts import trained_segments, trained_steps
+from unified_rl.recipe.step_counts import step_windows, trained_segments, trained_steps
 from unified_rl.rewards.scoring import list_rewards
 
 _MEANINGS = {
@@ -90,7 +90,7 @@ def plan(recipe: Recipe) -> Plan:
     num_rollouts = math.ceil(recipe.num_steps / recipe.updates_per_rollout)
     steps = trained_steps(recipe)
     if recipe.policy.family in STEPWISE and steps is not None:
-        windows *= steps  # one forward for each denoising step
+        windows *= step_windows(recipe, steps)
     else:
         windows *= len(trained_segments(recipe))
     return Plan(

@@ -25,13 +25,22 @@ def trained_segments(recipe: Recipe) -> list[str]:
     return [name for name in recipe.policy.segments if recipe.trains(name)]
 
 
+def step_windows(recipe: Recipe, steps: int) -> int:
+    """Forward and backward passes over the same rows of a denoiser in an update that trains `steps` of them: one for
+    each, but gradients of rewards go through all of theirs at once."""
+    gradients = [part.reward_gradient for part in recipe.objective.values() if part.kinds == {"reward"}]
+    return max((one.copies if one.kind == "renoised" else 1 for one in gradients), default=steps)
+
+
 def _of_segment(recipe: Recipe, name: str) -> int | None:
-    sampling = recipe.policy.sampling
-    limit = recipe.objective_for(name).train_steps
+    sampling, objective = recipe.policy.sampling, recipe.objective_for(name)
+    limit = objective.train_steps
     most: int | None
-    if isinstance(sampling, DiffusionSampling):
-        by_steps = "steps" in recipe.objective_for(name).kinds
-        most = sampling.num_noisy if by_steps else sampling.num_inference_steps
+    if isinstance(sampling, DiffusionSampling) and objective.kinds == {"reward"}:
+        settings, limit = objective.reward_gradient, None
+        most = min(settings.steps[1], sampling.num_inference_steps) if settings.kind == "last_steps" else 1
+    elif isinstance(sampling, DiffusionSampling):
+        most = sampling.num_noisy if "steps" in objective.kinds else sampling.num_inference_steps
     elif isinstance(sampling, Estimated):
         most = sampling.num_scored
     elif isinstance(sampling, TextSampling):
