@@ -27,7 +27,12 @@ SMALL = [
     "checkpoint.every=2",
 ]
 LIKE_OTHERS = [
-    *("quickstart_classes", "quickstart_draft", "quickstart_edit", "quickstart_image_tokens", "quickstart_nft"),
+    "quickstart_classes",
+    "quickstart_draft",
+    "quickstart_edit",
+    "quickstart_image_tokens",
+    "quickstart_masked_diffusion",
+    "quickstart_nft",
     "quickstart_ocr",
 ]
 """Their checkpoints are written and read like those of a recipe that is resumed here."""
