@@ -5,9 +5,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from unified_rl.errors import RecipeError
+from unified_rl.recipe.file import load_recipe
 from unified_rl.report.charts import Series, line_chart, ticks
 from unified_rl.report.compare import flat, group_runs, read_run, write_comparison
 from unified_rl.report.page import write_report
@@ -212,6 +214,16 @@ def test_what_cannot_be_compared_is_the_users_error(tmp_path):
     (tmp_path / "run/eval.jsonl").unlink()
     with pytest.raises(RecipeError, match="no evaluation"):
         write_comparison([tmp_path / "run"], tmp_path / "compare.html")
+
+
+def test_a_key_that_a_run_did_not_know_yet_has_its_default(tmp_path):
+    recipe = load_recipe("quickstart").model_dump(mode="json")
+    for seed in (0, 1):
+        make_run(tmp_path / str(seed))
+        (tmp_path / str(seed) / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "seed": seed}))
+        recipe.pop("resample", None)
+    (group,) = group_runs([read_run(tmp_path / "0"), read_run(tmp_path / "1")])
+    assert [run.seed for run in group.runs] == [0, 1]
 
 
 def test_recipes_are_compared_leaf_by_leaf():

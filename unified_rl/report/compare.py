@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from unified_rl.errors import RecipeError
+from unified_rl.recipe.file import load_recipe
 from unified_rl.report import elements as el
 from unified_rl.report.charts import NUM_COLOURS, Series
 from unified_rl.report.elements import Row
@@ -71,7 +72,7 @@ def read_run(folder: Path) -> Run:
     evaluations, metrics = read_jsonl(folder / "eval.jsonl"), read_jsonl(folder / "metrics.jsonl")
     if not evaluations:
         raise RecipeError(f"{folder}: nothing to compare: it has no evaluation (data.evaluation in its recipe)")
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = _recipe(folder / "recipe.yaml")
     return Run(
         path=folder,
         seed=recipe.pop("seed"),
@@ -80,6 +81,15 @@ def read_run(folder: Path) -> Run:
         samples_at={0: 0.0} | {row["step"]: row["samples_seen"] for row in metrics},
         minutes=sum(row["time/total"] or 0.0 for row in metrics) / 60,
     )
+
+
+def _recipe(file: Path) -> dict[str, Any]:
+    """With the defaults of keys that did not exist when the run began; as it is written, if this version cannot read
+    it."""
+    try:
+        return load_recipe(str(file)).model_dump(mode="json")
+    except RecipeError:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
