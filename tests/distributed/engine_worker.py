@@ -1,10 +1,8 @@
-"""Run by torchrun in test_engine_equality.py: trains one small model in many settings and stores what came out.
+"""Run in several processes by test_engine_equality.py: trains one small model in many settings, stores what came out.
 
 Also imported by that test, which trains the same windows in one process with the local engine.
 """
 
-import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,8 +18,8 @@ from unified_rl.recipe.snapshot import Ema, Snapshot
 from unified_rl.run_folder import checkpoint
 from unified_rl.snapshots import Snapshots
 
-NUM_RANKS = int(os.environ.get("NUM_RANKS", "2"))
-NUM_STEPS = 3
+NUM_RANKS = 2
+NUM_STEPS = 5
 ROWS = 24
 NORM_LIMIT = 2.9
 """Between the gradient norms of the steps: some are clipped, some are not."""
@@ -30,15 +28,20 @@ WHOLE_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """DeepSpeed keeps small parameters whole under stage 3; not so with this."""
 KEYS: dict[str, dict] = {
     "3-sharded": {"deepspeed": WHOLE_SHARDS},
+    "1-offload": {"offload": "optimizer"},
+    "2-offload": {"offload": "optimizer"},
+    "3-offload": {"offload": "all", "deepspeed": WHOLE_SHARDS},
     "2-fp16": {"deepspeed": {"fp16": {"initial_scale_power": 8}}},
     "3-fp16": {"deepspeed": {"fp16": {"initial_scale_power": 8}}},
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = ["2-bf16", "3-bf16", "2-fp16", "3-fp16"]
 """Trained like the stages, with less tried on them."""
+OFFLOADED = ["1-offload", "2-offload", "3-offload"]
+"""The same, with what the processes hold in main memory (which on CPU is another path through DeepSpeed only)."""
 UNEVEN_STAGES = ["0", "1"]
 """Where ranks may use different parameters."""
-SPLITS = {"one": (1, 1, 1), "three": (3, 3, 3), "mixed": (3, 1, 2)}
+SPLITS = {"one": (1,) * 5, "three": (3,) * 5, "mixed": (3, 1, 2, 1, 3)}
 """Windows a rank, by optimiser step."""
 
 
@@ -71,7 +74,8 @@ def recipe(backend: str, stage: str) -> SimpleNamespace:
 def windows(step: int, num_windows: int, skipping: str) -> list[list[tuple[Tensor, Tensor, bool]]]:
     """Per rank, the windows of a step: x [rows, 8], y [rows, 8], whether the branch is used.
 
-    Skipping "none": always used; "alike": not in step 1, and in step 2 not in the first window; "last rank": not there.
+    Skipping "none": always used; "alike": not in steps 1 and 3, and in step 2 not in the first window; "last rank": not
+    there.
     """
     generator = torch.Generator().manual_seed(step)
     rows = torch.randn(2, ROWS, 8, generator=generator)
@@ -80,7 +84,7 @@ def windows(step: int, num_windows: int, skipping: str) -> list[list[tuple[Tenso
         pieces = part.chunk(num_windows, dim=1)
         used = {
             "none": [True] * num_windows,
-            "alike": [step == 0 or (step == 2 and index > 0) for index in range(num_windows)],
+            "alike": [step in (0, 4) or (step == 2 and index > 0) for index in range(num_windows)],
             "last rank": [rank != NUM_RANKS - 1] * num_windows,
         }[skipping]
         plan.append([(x, y, use) for (x, y), use in zip(pieces, used, strict=True)])
@@ -88,10 +92,13 @@ def windows(step: int, num_windows: int, skipping: str) -> list[list[tuple[Tenso
 
 
 def train(
-    module: Net, engine, split: tuple[int, ...], ranks: range, *, skipping="alike", bad_step=None
+    module: Net, engine, split: tuple[int, ...], ranks: range, *, skipping="alike", bad_step=None, start=0
 ) -> Iterator[float]:
-    """Train on the windows of `ranks`; yields the norm after each step. In `bad_step` the last rank's loss is NaN."""
+    """Train on the windows of `ranks`, from step `start` on; yields the norm after each step. In `bad_step` the last
+    rank's loss is NaN."""
     for step, num_windows in enumerate(split):
+        if step < start:
+            continue
         plan = windows(step, num_windows, skipping)
         for rank in ranks:
             for x, y, use in plan[rank]:
@@ -135,10 +142,16 @@ def settings(folder: Path) -> dict:
         results[stage, "resumed"] = resumed(stage, ranks, folder)
         # What other stages, and one process, wrote goes on here.
         others = [other for other in (*STAGES, "one process") if other != stage and (folder / other).exists()]
-        results[stage, "crossed"] = {other: last_step(stage, ranks, folder / other)[0] for other in others}
+        results[stage, "crossed"] = {other: last_steps(stage, ranks, folder / other)[0] for other in others}
     for stage in VARIANTS:
         results[stage, "resumed"] = resumed(stage, ranks, folder)
         results[stage, "mixed"] = {"weights": results[stage, "resumed"]["straight"]}
+    for stage in OFFLOADED:
+        results[stage, "resumed"] = resumed(stage, ranks, folder)
+        results[stage, "crossed"] = {"0": last_steps(stage, ranks, folder / "0")[0]}
+        module, engine = build(stage)
+        norms = list(train(module, engine, SPLITS["mixed"], ranks, bad_step=1))
+        results[stage, "bad"] = {"weights": weights(module, engine), "norms": norms}
     module, engine = build("3-sharded")
     engine.window = nullcontext  # which leaves out what an engine does before a window
     results["3-sharded", "trap"] = {"norms": list(train(module, engine, SPLITS["three"], ranks))}
@@ -151,24 +164,22 @@ def resumed(stage: str, ranks: range, folder: Path) -> dict:
     steps = train(module, engine, SPLITS["mixed"], ranks)
     next(steps), next(steps)
     engine.save(folder / stage)
-    straight_norm, straight = next(steps), weights(module, engine)
-    again, norm, lr = last_step(stage, ranks, folder / stage)
-    return {"straight": straight, "again": again, "norms": (straight_norm, norm), "lr": lr}
+    straight_norms, straight = list(steps), weights(module, engine)
+    again, norms, lr = last_steps(stage, ranks, folder / stage)
+    return {"straight": straight, "again": again, "norms": (straight_norms, norms), "lr": lr}
 
 
-def last_step(stage: str, ranks: range, state: Path) -> tuple[dict[str, Tensor], float, float]:
-    """Load a state after step 2 into a new engine around other weights, and take step 3: weights, norm, rate before."""
+def last_steps(stage: str, ranks: range, state: Path) -> tuple[dict[str, Tensor], list[float], float]:
+    """Load a state after step 2 into a new engine around other weights, and take the others: weights, norms, rate
+    before."""
     module, engine = build(stage, seed=1)
     copy_frozen(module, stage)
     engine.load(state)
     lr = engine.lr
-    for rank in ranks:
-        for x, y, use in windows(2, SPLITS["mixed"][2], "alike")[rank]:
-            with engine.window():
-                engine.backward(3.0 * (module(x, use) - y).pow(2).sum() / (ROWS * 8))
-    norm, trained = engine.step(), weights(module, engine)
+    norms = list(train(module, engine, SPLITS["mixed"], ranks, start=2))
+    trained = weights(module, engine)
     distributed.barrier()
-    return trained, norm, lr
+    return trained, norms, lr
 
 
 def snapshots(stage: str, ranks: range) -> dict:
@@ -268,9 +279,11 @@ def plain_training(stage: str) -> dict:
     return {"weights": weights(module, engine), "norms": norms}
 
 
-def main(out: Path) -> None:
+def main(out: Path, num_ranks: int) -> None:
+    global NUM_RANKS
+    NUM_RANKS = num_ranks
     distributed.initialise(timeout_seconds=60)
-    if NUM_RANKS == 2:
+    if num_ranks == 2:
         results = {
             "settings": settings(out.parent / "states"),
             "helpers": helpers(),
@@ -281,7 +294,3 @@ def main(out: Path) -> None:
     if distributed.is_main():
         torch.save(results, out)
     distributed.shutdown()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -63,7 +63,3 @@ def main(folder: Path, cases: list[tuple[str, dict]]) -> None:
     if rank == 0:
         (folder / f"gradients_{size}.json").write_text(json.dumps(found))
     distributed.shutdown()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

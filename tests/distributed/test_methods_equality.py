@@ -1,15 +1,13 @@
 """Methods that are no policy gradients, on one process and on two that cut a group in half."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import methods_worker
 import torch
 
-WORKER = Path(__file__).parent / "methods_worker.py"
+from tests import forks
+
 CASES = [
     ("text", {"preset": "dpo"}),
     ("text", {"preset": "best_of_n", "aggregation": "sequence_mean"}),
@@ -21,18 +19,8 @@ CASES = [
 
 
 def gradients(folder: Path, num_processes: int) -> list[torch.Tensor]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), json.dumps(CASES)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(num_processes)
-    ]
-    assert [worker.wait(timeout=240) for worker in workers] == [0] * num_processes
+    ends = forks.run_together(num_processes, methods_worker.main, folder, CASES, log=folder / f"log_{num_processes}")
+    assert not any(end.returncode for end in ends), ends[-1].stderr[-3000:]
     return [torch.tensor(row) for row in json.loads((folder / f"gradients_{num_processes}.json").read_text())]
 
 

@@ -1,12 +1,12 @@
 """The update is the same however the work is cut: micro-batches, processes, ZeRO stages."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests import forks
 
 WORK = [
     "num_steps=2",
@@ -46,11 +46,13 @@ def reward(prompts, completions, **_):
 def train(recipe: str, folder: Path, num_processes: int, overrides: list[str]) -> dict[str, torch.Tensor]:
     (folder.parent / "reward.py").write_text(REWARD)
     rewards = f"rewards=[{{name: {folder.parent / 'reward.py'}:reward}}]"
-    command = [sys.executable, "-m", "unified_rl.cli", "train", recipe, *WORK, *RECIPES[recipe], *overrides, rewards]
-    done = subprocess.run(
-        [*command, "--output", str(folder), "-n", str(num_processes)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = ["train", recipe, *WORK, *RECIPES[recipe], *overrides, rewards, "--output", str(folder)]
+    log = folder.parent / f"log_{folder.name}"
+    if num_processes == 1:
+        ends = [forks.run(words, log=log)]
+    else:
+        ends = forks.run_together(num_processes, forks.cli, words, log=log)
+    assert not any(end.returncode for end in ends), ends[0].stderr[-2000:]
     files = sorted((folder / "checkpoints/step_000002/policy").rglob("*.safetensors"))
     return {f"{file.name}/{name}": value for file in files for name, value in load_file(file).items()}
 

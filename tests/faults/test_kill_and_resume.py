@@ -1,14 +1,13 @@
 """N steps are the same as k steps, kill -9, and the other N - k: bit for bit, wherever the kill came."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forks
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes/quickstart"
 # Two prompts a rollout out of six: an epoch ends with every third rollout. Two updates a rollout.
@@ -61,13 +60,20 @@ def command(recipe: str, folder: Path, *more: str) -> list[str]:
         f"data.evaluation={rows}",
         f"rewards=[{{name: {reward}:reward, isolation: thread}}]",
     ]
-    words = [*WORK, *SHORT[recipe], *data, "--output", str(folder), *more]
-    return [sys.executable, "-m", "unified_rl.cli", "train", recipe, *words]
+    return ["train", recipe, *WORK, *SHORT[recipe], *data, "--output", str(folder), *more]
 
 
-def run(recipe: str, folder: Path, *more: str, kill_at_call: int | None = None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **({} if kill_at_call is None else {"KILL_AT_CALL": str(kill_at_call)})}
-    return subprocess.run(command(recipe, folder, *more), env=environment, capture_output=True, text=True, timeout=300)
+def run(recipe: str, folder: Path, *more: str, num: int = 1, kill_at_call: int | None = None) -> forks.Ended:
+    """The end of the first of `num` processes."""
+    environment = {} if kill_at_call is None else {"KILL_AT_CALL": str(kill_at_call)}
+    words = command(recipe, folder, *more)
+    log = folder.parent / f"log_{folder.name}"
+    if num == 1:
+        return forks.run(words, log=log, environment=environment)
+    ends = forks.run_together(num, forks.cli, words, log=log, environment=environment)
+    if kill_at_call is None:
+        assert not any(end.returncode for end in ends), ends[-1].stderr[-3000:]
+    return ends[0]
 
 
 def timeless(folder: Path, name: str) -> list[dict]:
@@ -117,16 +123,16 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(recipe: str, tmp_path:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_under_zero(stage: int, tmp_path: Path):
-    recipe, zero = "quickstart_vlm", ["-n", "2", f"engine.zero_stage={stage}", "evaluation.every=100"]
-    whole = run(recipe, tmp_path / "whole", *zero)
+    recipe, zero = "quickstart_vlm", [f"engine.zero_stage={stage}", "evaluation.every=100"]
+    whole = run(recipe, tmp_path / "whole", *zero, num=2)
     assert whole.returncode == 0, whole.stderr[-3000:]
     if stage == 3:
-        killed = run(recipe, tmp_path / "parts", *zero, kill_at_call=4)
-        assert killed.returncode == 128 + signal.SIGKILL
+        killed = run(recipe, tmp_path / "parts", *zero, num=2, kill_at_call=4)
+        assert killed.returncode == -signal.SIGKILL
     else:
         shutil.copytree(tmp_path / "whole", tmp_path / "parts")
         without_manifest(tmp_path / "parts", 6, 8)
-    resumed = run(recipe, tmp_path / "parts", *zero)
+    resumed = run(recipe, tmp_path / "parts", *zero, num=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "resumed from" in resumed.stdout
     assert_same_end(tmp_path / "whole", tmp_path / "parts")

@@ -1,11 +1,14 @@
 """DeepSpeed's configuration: the recipe's keys, and the user's JSON over them."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from unified_rl.engine.deepspeed_config import build_config, raw_config
 from unified_rl.errors import RecipeError
+from unified_rl.recipe.file import parse_recipe
 from unified_rl.recipe.schema import EngineBlock
 
 
@@ -26,10 +29,23 @@ def test_the_users_json_is_merged_key_by_key(tmp_path):
         ({"optimizer": {"type": "Adam"}}, "engine.deepspeed.optimizer: is set by optimizer; leave it out"),
         ({"fp16": {"enabled": True}}, "engine.deepspeed.fp16.enabled: is set by policy.dtype"),
         ({"zero_optimization": {"stage": 3}}, "engine.deepspeed.zero_optimization.stage: is set by engine.zero_stage"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "loses gradients"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "is set by engine.offload (to disks"),
         ("no/such.json", "engine.deepspeed: no/such.json is not readable as JSON"),
     ],
 )
 def test_what_the_recipe_says_elsewhere_is_refused(raw, message):
-    with pytest.raises(RecipeError, match=message.replace(".", r"\.")):
+    with pytest.raises(RecipeError, match=re.escape(message)):
         raw_config(EngineBlock(deepspeed=raw))
+
+
+@pytest.mark.parametrize(("offload", "stage", "needed"), [("optimizer", 0, "1, 2 or 3"), ("all", 2, "3")])
+def test_offloading_needs_its_stage(offload, stage, needed):
+    parse = {
+        "policy": {"model": "toy", "family": "causal_lm"},
+        "data": {"prompts": "toy:prompts"},
+        "rewards": [{"name": "toy:reward"}],
+    }
+    with pytest.raises(RecipeError, match=f"engine.offload: {offload} needs zero_stage {needed}"):
+        parse_recipe({**parse, "engine": {"offload": offload, "zero_stage": stage}}, Path())
+    config = build_config(EngineBlock(offload="all", zero_stage=3), dtype="float32", max_grad_norm=1.0, on_gpu=False)
+    assert config["zero_optimization"]["offload_param"] == {"device": "cpu"}

@@ -113,6 +113,8 @@ class DeepSpeedEngine:
         with _scalars_as_vectors(module, sharded=zero_stage == 3):
             self._engine, self._zero, _, _ = deepspeed.initialize(model=module, optimizer=self._adam, config=config)
         self.module = module
+        offloads = "offload_optimizer" if zero_stage == 3 else "cpu_offload"
+        self._offloaded = bool(zero_stage) and bool(vars(self._zero)[offloads])
         self._comm_bytes = 0.0
         if zero_stage == 3:
             # A policy and its critic are called by themselves, never the module that holds both.
@@ -181,8 +183,20 @@ class DeepSpeedEngine:
         if self._stage == 3:
             # A parameter that the next step's first window does not use would keep its gradient of this step.
             self._zero.grad_partitions_flat_buffer.zero_()
+        if self._offloaded:
+            self._forget_offloaded()
         # Float16: an overflow of the scaled gradients leaves the norm of the step before.
         return math.inf if self._zero.overflow else float(self._engine.get_global_grad_norm())
+
+    def _forget_offloaded(self) -> None:
+        """Zero the gradients that lie in main memory: DeepSpeed overwrites those of parameters that a step uses, and
+        would train the others with what they had before."""
+        zero = self._zero
+        for vector in zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups:
+            if vector.grad is not None:
+                vector.grad.zero_()
+        for sums in zero.accumulated_grads_in_cpu.values() if self._stage < 3 else ():
+            sums.zero_()
 
     @property
     def comm_bytes(self) -> int:

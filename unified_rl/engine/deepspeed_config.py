@@ -25,10 +25,11 @@ OWNED = {
     "fp16.enabled": "policy.dtype",
     "data_types": "the trainer, which accumulates gradients in float32",
     "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer.device": "engine.offload (to disks is not supported)",
+    "zero_optimization.offload_param.device": "engine.offload (to disks is not supported)",
+    "zenflow": "engine.offload",
 }
 """Keys of DeepSpeed's that the recipe says in its own words."""
-REFUSED = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param", "zenflow")
-"""Measured with DeepSpeed 0.19.8: with windows that the trainer sums, offloading trains on part of the gradients."""
 
 
 def raw_config(block: EngineBlock) -> dict[str, Any]:
@@ -46,11 +47,6 @@ def raw_config(block: EngineBlock) -> dict[str, Any]:
         if not isinstance(raw, dict):
             raise RecipeError(f"engine.deepspeed: {block.deepspeed} holds no JSON object")
     for path in _paths(raw):
-        if path in REFUSED:
-            raise RecipeError(
-                f"engine.deepspeed.{path}: DeepSpeed 0.19.8 loses gradients with it when a step has several windows;"
-                " use a higher engine.zero_stage, an adapter, or policy.dtype: bfloat16"
-            )
         if path in OWNED:
             raise RecipeError(f"engine.deepspeed.{path}: is set by {OWNED[path]}; leave it out")
     return raw
@@ -86,6 +82,10 @@ def build_config(block: EngineBlock, *, dtype: str, max_grad_norm: float, on_gpu
         # Overlap reduces in the order of the hooks even at stage 1, and buys nothing on CPU.
         "overlap_comm": stage >= 2 and on_gpu,
     }
+    if block.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if block.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
     config: dict[str, Any] = {
         # Required by DeepSpeed, used for its own statistics only.
         "train_micro_batch_size_per_gpu": 1,

@@ -53,6 +53,9 @@ class EngineBlock(Block):
     backend: Literal["auto", "local", "deepspeed"] = "auto"
     """auto: deepspeed if there are several processes or a ZeRO stage, else local."""
     zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What GPUs leave to the main memory: the optimiser with its float32 weights (zero_stage 1 to 3), or the trained
+    weights too (zero_stage 3)."""
     micro_batch: int = Field(default=16, ge=1)
     """Trajectories in one window (one forward and backward)."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
@@ -161,6 +164,9 @@ class Recipe(Block):
             )
         if self.evaluation.weights == "ema" and self.ema is None:
             raise ValueError("evaluation.weights: ema needs the block ema, for instance ema: {decay: 0.99}")
+        if self.engine.offload != "none" and self.engine.zero_stage < (3 if self.engine.offload == "all" else 1):
+            needed = "3" if self.engine.offload == "all" else "1, 2 or 3"
+            raise ValueError(f"engine.offload: {self.engine.offload} needs zero_stage {needed}")
         if self.engine.on_out_of_memory == "halve" and self.engine.zero_stage >= 2:
             raise ValueError(
                 "engine.on_out_of_memory: halve needs zero_stage 0 or 1; from 2 on processes exchange gradients within"
