@@ -112,13 +112,14 @@ COUNTED = (
     "SkyReelsV2Pipeline",
     "CogVideoXImageToVideoPipeline",
     "AceStepPipeline",
+    "FluxPipeline",
+    "FluxKontextPipeline",
 )
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_replay_runs_no_text_encoder_and_no_autoencoder(name: str):
-    """At the rollout's batch shape, and for one row of it. (FLUX encodes a row once more for windows of another size: a
-    part of its encoding has no row dimension, so that it is kept by the whole batch.)"""
+    """At the rollout's batch shape, and for one row of it."""
     case = case_of(name)
     policy = policy_of(case)
     segment = policy.sample(prompts_of(case)).segments["image"]

@@ -13,6 +13,7 @@ from unified_rl.planning.footprint import estimate
 from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.policies.diffusion import DiffusionPolicy
 from unified_rl.policies.encoders import TextEncoders
+from unified_rl.policies.memo import Memo
 from unified_rl.policies.savings import apply, in_chunks
 from unified_rl.recipe.file import parse_recipe
 from unified_rl.recipe.policy import Adapter, DiffusionSampling, PolicyBlock, Savings, TextSampling
@@ -185,6 +186,37 @@ def test_text_encoders_out_of_the_way(quickstart: Path, mode: str):
             policy.sample(stranger)
     else:
         policy.sample(stranger)
+
+
+def test_parts_of_an_encoding_that_rows_share_are_remembered_with_each_row():
+    """FLUX's positions of tokens have no row dimension; what grows in another way is kept by the whole call."""
+    calls: list[list[str]] = []
+
+    def encode(prompt: list[str], guided: bool = False):
+        calls.append(prompt)
+        words = torch.tensor([[float(len(word)), float(ord(word[0]))] for word in prompt])
+        return torch.cat([words, -words]) if guided else words, torch.arange(6.0).view(3, 2), None
+
+    memo = Memo()
+    for rows, fresh in ((["a"], [["a"], ["a", "a"]]), (["a", "bb"], [["bb"]]), (["bb", "a", "bb"], []), (["bb"], [])):
+        found = memo.by_row("encode", encode, (rows,), {}, len(rows))
+        assert calls == fresh
+        calls.clear()
+        words, positions, nothing = encode(rows)
+        assert torch.equal(found[0], words) and torch.equal(found[1], positions) and found[2] is nothing is None
+        calls.clear()
+    for rows in (["a"], ["a", "a"], ["bb", "a"]):
+        found = memo.by_row("encode", encode, (rows,), {"guided": True}, len(rows))
+        assert torch.equal(found[0], encode(rows, guided=True)[0])
+
+
+def test_a_part_that_only_seems_to_be_shared_is_encoded_as_a_whole():
+    def encode(prompt: list[str]):
+        return torch.ones(len(prompt), 2), torch.full((3,), float(len(prompt[0])))
+
+    memo = Memo()
+    assert memo.by_row("encode", encode, (["a", "a"],), {}, 2)[1].tolist() == [1.0] * 3
+    assert memo.by_row("encode", encode, (["bb", "a"],), {}, 2)[1].tolist() == [2.0] * 3
 
 
 class BarePipeline:

@@ -8,7 +8,7 @@ buckets of collectives come on top. Must not import torch.
 from dataclasses import dataclass
 
 from unified_rl.errors import RecipeError
-from unified_rl.planning.weights import BYTES, DENOISERS, measure
+from unified_rl.planning.weights import BYTES, measure, trained_components
 from unified_rl.recipe.schema import Recipe
 
 GIB = 2**30
@@ -86,7 +86,7 @@ def model_of(recipe: Recipe) -> Model:
     if sizes is None:
         raise RecipeError("--gpus: the plan is made from safetensors headers, and policy.model has none here")
     frozen = BYTES[recipe.policy.dtype]
-    module = next(sizes.components[name] for name in (*DENOISERS, "model") if name in sizes.components)
+    module = sum(sizes.components[name] for name in trained_components(sizes.components))
     adapter = recipe.policy.adapter.kind != "none"
     reference = sizes.reference_bytes // frozen
     return Model(

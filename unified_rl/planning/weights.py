@@ -4,6 +4,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from unified_rl.errors import RecipeError
 from unified_rl.recipe.policy import PIPELINES, PolicyBlock
 
 DENOISERS = ("transformer", "unet", "prior")
-"""Folders of a diffusers pipeline that hold what is trained; the first one that exists."""
+"""Folders of a diffusers pipeline that hold what is trained; the first one that exists, and those that take its place
+at some steps (transformer_2)."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _MAX_HEADER = 100_000_000  # the format's own limit
@@ -49,9 +51,12 @@ def measure(policy: PolicyBlock, *, with_reference: bool) -> Sizes | None:
     folder = Path(policy.model)
     components = {name: read_shapes(path) for name, path in _component_folders(folder, policy.family).items()}
     components = {name: shapes for name, shapes in components.items() if shapes}
-    trainable = next((components[name] for name in (*DENOISERS, "model") if name in components), None)
-    if trainable is None:
+    names = trained_components(components)
+    if not names:
         return None
+    # policies/denoisers.py names parameters of several denoisers by their component
+    prefix = (lambda name: f"{name}.") if len(names) > 1 else (lambda name: "")
+    trainable = {f"{prefix(name)}{key}": shape for name in names for key, shape in components[name].items()}
     counts = {name: sum(map(math.prod, shapes.values())) for name, shapes in components.items()}
     full = policy.adapter.kind == "none"
     trained = _count_trained(policy, trainable)
@@ -64,6 +69,13 @@ def measure(policy: PolicyBlock, *, with_reference: bool) -> Sizes | None:
         optimizer_bytes=8 * trained,
         reference_bytes=sum(map(math.prod, trainable.values())) * BYTES[policy.dtype] if full and with_reference else 0,
     )
+
+
+def trained_components(components: Iterable[str]) -> list[str]:
+    """The components that are trained: the denoisers of a pipeline, or the model."""
+    found = [*components]
+    first = next((name for name in (*DENOISERS, "model") if name in found), None)
+    return [name for name in found if name == first or (first != "model" and name.startswith(f"{first}_"))]
 
 
 def read_shapes(folder: Path) -> Shapes:

@@ -8,7 +8,7 @@ every time.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,8 @@ class Memo:
         self._store: OrderedDict[Hashable, Any] = OrderedDict()
         self._max_bytes = max_bytes
         self._held_bytes = 0
+        self._layouts: dict[Hashable, tuple[bool, ...] | None] = {}
+        """Of a function's results, by its name and the arguments that rows share; None: they do not split."""
 
     def _put(self, key: Hashable, value: Any) -> None:
         self._held_bytes += _num_bytes(value) - _num_bytes(self._store.get(key))
@@ -81,34 +83,82 @@ class Memo:
 
     def by_row(self, name: str, function: Callable, args: tuple, kwargs: dict, num_rows: int) -> Any:
         """As `whole`, but row by row: lists of length `num_rows` and tensors with that leading dimension are per row,
-        everything else is shared; a result that does not split the same way falls back to `whole`."""
+        everything else is shared; of the result, tensors that do not grow with the rows are shared by all (FLUX's
+        positions of its tokens). A result that does not split falls back to `whole`."""
         try:
             shared, rows = _split_arguments(args, kwargs, num_rows)
         except _OpaqueError:
             return self.whole(name, function, args, kwargs)
+
+        def compute(*index: int) -> Any:
+            with torch.no_grad():
+                return function(
+                    *(_pick(value, index, num_rows) for value in args),
+                    **{name: _pick(value, index, num_rows) for name, value in kwargs.items()},
+                )
+
         keys = [(name, shared, row) for row in rows]
         wanted = {key: index for index, key in enumerate(keys) if key not in self._store}
         for key, index in wanted.items():
             # One by one: the result must depend on the row alone, not on which others were missing beside it.
-            with torch.no_grad():
-                result = function(
-                    *(_pick(value, index, num_rows) for value in args),
-                    **{name: _pick(value, index, num_rows) for name, value in kwargs.items()},
-                )
-            if not has_rows(result, 1):
+            result = compute(index)
+            if (name, shared) not in self._layouts:
+                once = has_rows(result, 1)
+                self._layouts[name, shared] = _all_rows(result) if once else _layout(result, compute(index, index))
+            layout = self._layouts[name, shared]
+            if layout is None:
                 return self.whole(name, function, args, kwargs)
-            self._put(key, tuple(None if part is None else part[0] for part in result))
-        found = [self._get(key) for key in keys]
+            self._put(key, _row(result, layout, 0))
+        found, layout = [self._get(key) for key in keys], self._layouts[name, shared]
         shapes = {tuple(None if part is None else part.shape for part in row) for row in found}
         if len(shapes) > 1:
             # Cut or padded to the batch: the rows belong together as this batch encodes them, and a later window of
             # them must find them so.
             result = self.whole(name, function, args, kwargs)
-            if has_rows(result, num_rows):
+            if all(layout) and has_rows(result, num_rows):
                 for row, key in enumerate(keys):
-                    self._put(key, tuple(None if part is None else part[row] for part in result))
+                    self._put(key, _row(result, layout, row))
             return result
-        return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True))
+        joined = zip(layout, zip(*found, strict=True), strict=True)
+        if any(not splits and any(not _same(part, parts[0]) for part in parts) for splits, parts in joined):
+            return self.whole(name, function, args, kwargs)  # not shared after all: it depends on the row
+        return tuple(
+            parts[0] if parts[0] is None or not splits else torch.stack(parts)
+            for splits, parts in zip(layout, zip(*found, strict=True), strict=True)
+        )
+
+
+def _all_rows(result: tuple) -> tuple[bool, ...]:
+    return (True,) * len(result)
+
+
+def _layout(one: Any, two: Any) -> tuple[bool, ...] | None:
+    """Of a function's results for a row and for the same row twice: which parts have a row each (True), and which are
+    shared by all rows (False); None: neither holds."""
+    if not isinstance(one, tuple) or not isinstance(two, tuple) or len(one) != len(two):
+        return None
+    found = []
+    for part, doubled in zip(one, two, strict=True):
+        if part is None and doubled is None:
+            found.append(True)
+            continue
+        if not isinstance(part, Tensor) or not isinstance(doubled, Tensor):
+            return None
+        splits = part.ndim > 0 and len(part) == 1 and doubled.shape == (2, *part.shape[1:])
+        if not splits and not _same(part, doubled):
+            return None
+        found.append(splits)
+    return tuple(found)
+
+
+def _same(part: Tensor | None, other: Tensor | None) -> bool:
+    if part is None or other is None:
+        return part is other
+    return part.shape == other.shape and torch.equal(part, other)
+
+
+def _row(result: tuple, layout: tuple[bool, ...], row: int) -> tuple:
+    return tuple(part if part is None or not splits else part[row] for part, splits in zip(result, layout, strict=True))
 
 
 def _is_per_row(value: Any, num_rows: int) -> bool:
@@ -124,8 +174,11 @@ def _split_arguments(args: tuple, kwargs: dict, num_rows: int) -> tuple[Hashable
     return shared, [tuple(_fingerprint(value[row]) for value in per_row) for row in range(num_rows)]
 
 
-def _pick(value: Any, row: int, num_rows: int) -> Any:
-    return value[row : row + 1] if _is_per_row(value, num_rows) else value
+def _pick(value: Any, index: Sequence[int], num_rows: int) -> Any:
+    """The rows of an argument; what is shared, whole."""
+    if not _is_per_row(value, num_rows):
+        return value
+    return value[list(index)] if isinstance(value, Tensor) else [value[row] for row in index]
 
 
 def has_rows(result: Any, num_rows: int) -> bool:

@@ -269,7 +269,9 @@ class PolicyBlock(Block):
     memory: Savings = Savings()
     adapter: Adapter = Adapter()
     train: list[str] | None = None
-    """Regular expressions on parameter names: only matching parameters are trained. None: the family's default."""
+    """Regular expressions on parameter names: only matching parameters are trained. None: the family's default. Of a
+    pipeline with two denoisers (Wan 2.2), names begin with the component's, so that "^transformer_2[.]" trains, or
+    adapts, only the one of the less noisy steps."""
     sampling: DiffusionSampling | TextSampling | ImageTokenSampling | MaskedDiffusionSampling | MaskedTextSampling
 
     @property

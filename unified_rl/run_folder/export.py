@@ -2,6 +2,8 @@
 
     peft          the adapter in peft's format: PeftModel.from_pretrained(denoiser or model, OUT)
     diffusers     LoRA: pipeline.load_lora_weights(OUT); else DiffusionPipeline.from_pretrained(OUT)
+                  (a LoRA of two denoisers, in either format: OUT/transformer and OUT/transformer_2, of which diffusers
+                  loads the second one with load_into_transformer_2=True)
     transformers  AutoModel...from_pretrained(OUT); of a LoRA run the adapter, which transformers puts on its base model
     merged        the whole model, an adapter merged into it: DiffusionPipeline or AutoModel...from_pretrained(OUT)
 
@@ -44,7 +46,14 @@ class Source:
 
     @property
     def is_lora(self) -> bool:
-        return any((self.folder / name).is_file() for name in (PIPELINE_LORA, PEFT_CONFIG))
+        return (self.folder / PEFT_CONFIG).is_file() or bool(self.adapters)
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Of a pipeline's LoRA: by denoiser the folder of its adapter. Several denoisers have a folder each."""
+        if (self.folder / PIPELINE_LORA).is_file():
+            return {"": self.folder}
+        return {path.parent.name: path.parent for path in sorted(self.folder.glob(f"*/{PIPELINE_LORA}"))}
 
 
 def export(
@@ -127,9 +136,11 @@ def _pipeline_peft(source: Source, out: Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    state, config = _read_lora(source.folder)
-    save_file({f"{PEFT_PREFIX}{key}": tensor for key, tensor in state.items()}, out / PEFT_WEIGHTS)
-    LoraConfig(**config, base_model_name_or_path=source.block.model).save_pretrained(str(out))
+    for name, folder in source.adapters.items():
+        state, config = _read_lora(folder)
+        (out / name).mkdir(exist_ok=True)
+        save_file({f"{PEFT_PREFIX}{key}": tensor for key, tensor in state.items()}, out / name / PEFT_WEIGHTS)
+        LoraConfig(**config, base_model_name_or_path=source.block.model).save_pretrained(str(out / name))
 
 
 def _pipeline_lora(source: Source, out: Path) -> None:
@@ -145,12 +156,13 @@ def _pipeline_lora(source: Source, out: Path) -> None:
     part = next(name for name in DENOISERS if name in index)
     if not hasattr(kind, "save_lora_weights") or part not in kind._lora_loadable_modules:
         raise RecipeError(f"--format diffusers: {kind.__name__} loads no LoRA of its {part}; use peft or merged")
-    state, config = _read_lora(source.folder)
-    kind.save_lora_weights(out, **{f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": config})
+    for name, folder in source.adapters.items():
+        state, config = _read_lora(folder)
+        kind.save_lora_weights(out / name, **{f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": config})
 
 
 def _whole_pipeline(source: Source, out: Path) -> None:
-    """The pipeline with its trained denoiser, an adapter merged."""
+    """The pipeline with what was trained of it, adapters merged."""
     import torch
     from diffusers import DiffusionPipeline
 
@@ -161,14 +173,16 @@ def _whole_pipeline(source: Source, out: Path) -> None:
         block.model, revision=block.revision, dtype=getattr(torch, block.dtype), **absent
     )
     if source.is_lora:
-        denoiser = getattr(pipeline, next(name for name in DENOISERS if name in index))
-        denoiser.load_lora_adapter(source.folder, prefix=None, weight_name=PIPELINE_LORA)
-        denoiser.fuse_lora()
-        denoiser.unload_lora()
+        first = next(name for name in DENOISERS if name in index)
+        for name, folder in source.adapters.items():
+            denoiser = getattr(pipeline, name or first)
+            denoiser.load_lora_adapter(folder, prefix=None, weight_name=PIPELINE_LORA)
+            denoiser.fuse_lora()
+            denoiser.unload_lora()
     else:
-        (saved,) = (path.parent for path in source.folder.glob("*/config.json"))
-        trained = type(getattr(pipeline, saved.name)).from_pretrained(saved, dtype=getattr(torch, block.dtype))
-        setattr(pipeline, saved.name, trained)
+        for saved in (path.parent for path in source.folder.glob("*/config.json")):
+            trained = type(getattr(pipeline, saved.name)).from_pretrained(saved, dtype=getattr(torch, block.dtype))
+            setattr(pipeline, saved.name, trained)
     pipeline.save_pretrained(out)
     defaults = Path(block.model) / CALL_DEFAULTS
     if defaults.is_file():

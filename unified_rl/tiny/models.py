@@ -259,6 +259,11 @@ def _wan(in_channels: int = 16, **more: Any) -> dict[str, Any]:
     }
 
 
+def _wan22() -> dict[str, Any]:
+    """Wan 2.2 has a second transformer for the less noisy steps."""
+    return {**_wan(), "transformer_2": _wan()["transformer"], "boundary_ratio": 0.875}
+
+
 def _wan_image_to_video() -> dict[str, Any]:
     vision = transformers.CLIPVisionConfig(**TEXT, projection_dim=WIDTH, image_size=32, patch_size=16)
     size: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -278,9 +283,10 @@ TWINS: dict[str, Callable[[], dict[str, Any]]] = {
     "QwenImagePipeline": _qwen_image,
     "QwenImageEditPipeline": _qwen_image_edit,
     "WanPipeline": _wan,
+    "WanPipeline-2.2": _wan22,
     "WanImageToVideoPipeline": _wan_image_to_video,
 }
-"""Pipeline class -> its components."""
+"""Pipeline class (and version, where its components differ) -> its components."""
 
 
 def write_twin(name: str, folder: Path) -> None:
@@ -294,7 +300,10 @@ def write_twin(name: str, folder: Path) -> None:
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        parts: Any = language.TWINS[name]() if name in language.TWINS else [getattr(diffusers, name)(**TWINS[name]())]
+        pipeline = name.partition("-")[0]
+        parts: Any = (
+            language.TWINS[name]() if name in language.TWINS else [getattr(diffusers, pipeline)(**TWINS[name]())]
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

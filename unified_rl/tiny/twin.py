@@ -31,6 +31,7 @@ HUB = {
     "Qwen/Qwen-Image": "QwenImagePipeline",
     "Qwen/Qwen-Image-Edit": "QwenImageEditPipeline",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "WanPipeline",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "WanPipeline-2.2",
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "WanImageToVideoPipeline",
     "Qwen/Qwen2.5-1.5B": "Qwen2ForCausalLM",
     "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen2_5_VLForConditionalGeneration",
@@ -38,7 +39,8 @@ HUB = {
     "HuggingFaceTB/SmolVLM-Instruct": "Idefics3ForConditionalGeneration",
     "deepseek-community/Janus-Pro-7B": "JanusForConditionalGeneration",
 }
-"""Hub name -> class of the pipeline or model. Of one in a folder, the class is read from its index or config."""
+"""Hub name -> class of the pipeline or model. Of one in a folder, the class is read from its index or config.
+Versions of a class whose components differ have twins of their own (a key of `models.TWINS`)."""
 SIZE = 32
 TEXT_TOKENS = {"max_sequence_length": 32}
 CALLS: dict[str, dict[str, Any]] = {
@@ -48,6 +50,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "QwenImagePipeline": TEXT_TOKENS,
     "QwenImageEditPipeline": TEXT_TOKENS,
     "WanPipeline": {**TEXT_TOKENS, "num_frames": 5},
+    "WanPipeline-2.2": {**TEXT_TOKENS, "num_frames": 5},
     "WanImageToVideoPipeline": {**TEXT_TOKENS, "num_frames": 5},
 }
 """Call arguments of a twin beside height and width."""

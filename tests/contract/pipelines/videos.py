@@ -246,7 +246,6 @@ VIDEOS = [
         columns={"image": picture},
         row_tolerance=1e-4,
     ),
-    Case("WanPipeline", WAN | UNIPC | {"transformer_2": wan, "boundary_ratio": 0.5}, LATENT, refused="two denoisers"),
     Case("CogVideoXVideoToVideoPipeline", COG, LATENT | {"height": 16, "width": 16}, columns={"video": clip_of}),
     Case("AnimateDiffVideoToVideoPipeline", {"motion_adapter": motion}, LATENT, columns={"video": clip_of}),
     Case(
