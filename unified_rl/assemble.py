@@ -57,7 +57,8 @@ def build_sampler(recipe: Recipe) -> PromptSampler:
         return RecordedSampler(groups, **counts)
     rows = load_rows(recipe.data.prompts, "data.prompts")
     check_rows(recipe.policy, rows, "data.prompts")
-    return PromptSampler(rows, **counts)
+    may_skip = recipe.data.on_bad_image == "skip"
+    return PromptSampler(rows, **counts, max_skipped=recipe.data.max_bad_images if may_skip else None)
 
 
 def assemble(recipe: Recipe, run: Run) -> Parts:

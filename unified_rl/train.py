@@ -108,6 +108,7 @@ def collect(parts: Parts, index: int, stop: StopSignal = UNASKED) -> tuple[Rollo
     enter("rollout")
     with distributed.agreed("reading prompts"):
         prompts = parts.sampler.rollout(index, rank=engine.rank, world_size=engine.world_size)
+    known_bad = tell_skipped(parts) if recipe.data.on_bad_image == "skip" else {}
     rollout = draw(parts, prompts, stop)
     drawn = time.perf_counter()
     total = distributed.gather_rows(rollout.scores.total)
@@ -124,9 +125,18 @@ def collect(parts: Parts, index: int, stop: StopSignal = UNASKED) -> tuple[Rollo
         "time/rollout": rollout.seconds[0] + refilled,
         "time/reward": rollout.seconds[1],
         **redrawn,
+        **known_bad,
         **known,
     }
     return kept, prepared, row
+
+
+def tell_skipped(parts: Parts) -> dict[str, float]:
+    """Count the rows whose pictures cannot be read, and write down those that are new; called by every process."""
+    for why in parts.sampler.share_skipped():
+        parts.run.log_event("warning", f"skipped: {why}")
+        parts.console.log(f"warning: skipped: {why}")
+    return {"num_bad_images": float(len(parts.sampler.skipped))}
 
 
 def refill(parts: Parts, rollout: Rollout, index: int, stop: StopSignal) -> tuple[Rollout, dict[str, float]]:

@@ -1,14 +1,18 @@
 """Stopping on request, and stopping what cannot go on."""
 
+import functools
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
-from tests.unit.toys import Bandit, build_parts
+from tests.unit.toys import Bandit, build_parts, zeros_chosen
+from unified_rl.rewards.scoring import reward_of
 from unified_rl.run_folder.checkpoint import list_checkpoints
 from unified_rl.stopping import Abandoned, StopSignal
 from unified_rl.train import DivergedError, Position, check_finite, run_loop
+from unified_rl.types import Prompt
 
 BEGIN = Position(step=0, rollout=0)
 
@@ -31,6 +35,37 @@ def test_a_signal_in_the_middle_of_sampling_abandons_the_rollout(number: int, co
         assert run_loop(parts, BEGIN, stop) == code
     assert len(calls) == 6, "the rest of the rollout was not drawn"
     assert [path.name for path in list_checkpoints(parts.run.path)] == ["step_000001"]
+
+
+@pytest.mark.parametrize("phase", ["rewards", "update", "evaluation", "checkpoint"])
+def test_a_signal_in_any_other_phase_stops_at_the_next_place_to_save(phase: str, tmp_path):
+    """Two updates a rollout: where they have begun, both are made; judging is abandoned like sampling."""
+    policy, came = Bandit([0.0, 0.0]), []
+
+    def hearing(action, name):
+        @functools.wraps(action)
+        def heard(*given, **options):
+            if name == phase and not came:
+                came.append(name)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return action(*given, **options)
+
+        return heard
+
+    draw, examine = policy.sample, hearing(policy.sample, "evaluation")
+    policy.sample = lambda prompts, evaluation=False: (examine if evaluation else draw)(prompts, evaluation=evaluation)
+    policy.log_prob = hearing(policy.log_prob, "update")
+    policy.save = hearing(policy.save, "checkpoint")
+    every = {"every": 1}
+    parts = build_parts(tmp_path, policy, num_steps=8, epochs=2, evaluation=every, checkpoint=every)
+    prompt = Prompt(text="a", images=(), columns={}, group_id=0, seed=0)
+    rewards = [reward_of(hearing(zeros_chosen, "rewards"), name="toy:reward")]
+    stop = StopSignal()
+    with stop.listening():
+        assert run_loop(replace(parts, exam=[prompt], rewards=rewards), BEGIN, stop) == 143
+    assert came == [phase]
+    saved = [] if phase == "rewards" else ["step_000002"]
+    assert [path.name for path in list_checkpoints(parts.run.path)] == saved
 
 
 def test_handlers_are_put_back_and_nothing_is_asked_by_itself():

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from unified_rl.data.sources import ImageCell, Row, check_source, image_cells, load_rows, media_columns
+from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
 from unified_rl.types import Prompt
 
@@ -24,13 +25,22 @@ class PromptSampler:
     next `prompts_per_step` rows, across the end of an epoch too.
     """
 
-    def __init__(self, rows: Sequence[Row], *, seed: int, group_size: int, prompts_per_step: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        seed: int,
+        group_size: int,
+        prompts_per_step: int,
+        max_skipped: float | None = None,
+    ) -> None:
         """
         Args:
             rows: as from `load_rows`.
             seed: of the permutations and of the trajectories' own seeds.
             group_size: trajectories of one prompt.
             prompts_per_step: groups of one rollout, over all processes.
+            max_skipped: the share of the rows that may be skipped because of their pictures; None: none.
 
         Raises:
             RecipeError: if there are no rows.
@@ -41,6 +51,10 @@ class PromptSampler:
         self._seed = seed
         self._group_size = group_size
         self._prompts_per_step = prompts_per_step
+        self._max_skipped = max_skipped
+        self.skipped: dict[int, str] = {}
+        """Rows whose pictures cannot be read, as far as they are known, and what is wrong with them."""
+        self._told: set[int] = set()
 
     def rollout(self, index: int, *, rank: int, world_size: int) -> list[Prompt]:
         """The N = prompts_per_step * group_size / world_size prompts of one rank in rollout `index` (from 0).
@@ -64,15 +78,46 @@ class PromptSampler:
             group = index * self._prompts_per_step + member // self._group_size
             row = self.row_at(group)
             if row not in opened:
-                opened[row] = _opened(self._rows[row], row)
+                opened[row] = self._readable(row)
             seed = _hashed_seed("rollout", self._seed, index, member)
             prompts.append(_prompt(opened[row], group_id=group, seed=seed))
         return prompts
 
     def every_prompt(self) -> Iterator[Prompt]:
         """Each row once, in no rollout."""
-        for index, row in enumerate(self._rows):
-            yield _prompt(_opened(row, index), group_id=index, seed=0)
+        for index in range(len(self._rows)):
+            yield _prompt(self._readable(index), group_id=index, seed=0)
+
+    def share_skipped(self) -> list[str]:
+        """Let all processes know the rows that one of them skipped; returns what is wrong with those that are new."""
+        found = dict(distributed.gather_objects(list(self.skipped.items())))
+        new = [why for row, why in sorted(found.items()) if row not in self._told]
+        self.skipped.update(found)
+        self._told.update(found)
+        return new
+
+    def _readable(self, row: int) -> Row:
+        """The row with its pictures decoded, or the first after it that can be read, if rows may be skipped.
+
+        Which one depends on the files alone, so that processes and resumed runs agree without talking.
+
+        Raises:
+            RecipeError: if its pictures cannot be read and it may not be skipped.
+        """
+        while True:
+            if row not in self.skipped:
+                try:
+                    return _opened(self._rows[row], row)
+                except RecipeError as error:
+                    if self._max_skipped is None:
+                        raise
+                    self.skipped[row] = str(error)
+                    if len(self.skipped) > max(1.0, self._max_skipped * len(self._rows)):
+                        raise RecipeError(
+                            f"data.max_bad_images: {len(self.skipped)} of {len(self._rows)} rows cannot be read, more"
+                            f" than {self._max_skipped:g} of them; the last: {error}"
+                        ) from error
+            row = (row + 1) % len(self._rows)
 
     @property
     def fingerprint(self) -> str:

@@ -28,6 +28,11 @@ class Data(Block):
     """In place of prompts: recorded samples to train on without generating any, a .jsonl or the folder of a run."""
     evaluation: str | None = None
     """Held-out prompts; None switches evaluation off."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """skip: a row of `prompts` whose picture cannot be read (damaged, too large, gone) gives its place to the next row
+    of the file, on all processes alike, and is counted; held-out rows are never skipped."""
+    max_bad_images: float = Field(default=0.01, ge=0, le=1)
+    """With skip: the run stops when more than this share of all rows was skipped (one row always may)."""
 
 
 class Optimizer(Block):

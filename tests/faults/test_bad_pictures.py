@@ -1,0 +1,89 @@
+"""Pictures that are spoilt in the middle of a run."""
+
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.unit.toys import Bandit, build_parts
+from unified_rl.data.prompts import PromptSampler
+from unified_rl.data.sources import load_rows
+from unified_rl.errors import RecipeError
+from unified_rl.run_folder.tracking import read_jsonl
+from unified_rl.stopping import StopSignal
+from unified_rl.train import Position, run_loop
+
+NUM_ROWS = 8
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+SIZE = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+BOMB = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", SIZE) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def sampler(tmp_path: Path):
+    """Makes a sampler of rows with a picture each."""
+    for number in range(NUM_ROWS):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    lines = [f'{{"prompt": "{number}", "image": "{number}.png"}}' for number in range(NUM_ROWS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows = load_rows(str(tmp_path / "rows.jsonl"), "data.prompts")
+
+    def make(max_skipped: float | None) -> PromptSampler:
+        return PromptSampler(rows, seed=0, group_size=2, prompts_per_step=4, max_skipped=max_skipped)
+
+    return make
+
+
+def test_a_row_gives_its_place_to_the_next_alike_on_all_processes(sampler, tmp_path: Path):
+    before = [prompt.text for prompt in sampler(None).rollout(0, rank=0, world_size=1)]
+    first = before[0]
+    good = sampler(0.5)
+    assert [prompt.text for prompt in good.rollout(0, rank=0, world_size=1)] == before, "nothing is wrong yet"
+    (tmp_path / f"{first}.png").write_bytes(BOMB)
+    with pytest.raises(RecipeError, match=rf"rows.jsonl:{int(first) + 1}: .*cannot be read"):
+        sampler(None).rollout(0, rank=0, world_size=1)
+    skipping = sampler(0.5)
+    whole = skipping.rollout(0, rank=0, world_size=1)
+    following = str((int(first) + 1) % NUM_ROWS)
+    assert [prompt.text for prompt in whole] == [following if text == first else text for text in before]
+    assert [prompt.images[0].getpixel((0, 0))[0] for prompt in whole] == [int(prompt.text) for prompt in whole]
+    shared = [prompt for rank in range(8) for prompt in sampler(0.5).rollout(0, rank=rank, world_size=8)]
+    assert [(prompt.text, prompt.seed) for prompt in shared] == [(prompt.text, prompt.seed) for prompt in whole]
+    (why,) = skipping.share_skipped()
+    assert "pixels" in why and skipping.share_skipped() == []
+
+
+def test_too_many_of_them_end_the_run(sampler, tmp_path: Path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+    with pytest.raises(RecipeError, match=r"data.max_bad_images: 3 of 8 rows cannot be read, more than 0.25"):
+        list(sampler(0.25).every_prompt())
+    assert len(list(sampler(0.4).every_prompt())) == NUM_ROWS
+
+
+def test_a_run_counts_what_is_spoilt_while_it_goes_on(sampler, tmp_path: Path):
+    policy = Bandit([0.0, 0.0])
+    draw, rollouts = policy.sample, []
+
+    def sample(prompts, **options):
+        rollouts.append(prompts)
+        (tmp_path / "5.png").write_bytes(b"\x89PNG cut off")
+        return draw(prompts, **options)
+
+    policy.sample = sample
+    data = {"prompts": "toy:prompts", "on_bad_image": "skip", "max_bad_images": 0.2}
+    parts = build_parts(tmp_path, policy, data=data, group_size=2, prompts_per_step=4)
+    run_loop(replace(parts, sampler=sampler(0.2)), Position(step=0, rollout=0), StopSignal())
+    assert [row["num_bad_images"] for row in read_jsonl(tmp_path / "run/metrics.jsonl")][-1] == 1
+    said = [row["message"] for row in read_jsonl(tmp_path / "run/events.jsonl") if "skipped" in row["message"]]
+    assert len(said) == 1 and "rows.jsonl:6" in said[0]
+    # Two epochs; in the second at the latest, row 5 has given its place away.
+    assert "5" not in [prompt.text for prompts in rollouts[2:] for prompt in prompts]
