@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from unified_rl.errors import RecipeError
 from unified_rl.policies.masked_text import SEGMENT, MaskedTextPolicy
 from unified_rl.policies.scheduler_head import UnsupportedPipelineError
 from unified_rl.recipe.policy import Adapter, MaskedTextSampling, PolicyBlock
@@ -216,6 +217,11 @@ def test_adapter_reference_and_files(kind: str, tmp_path: Path):
     fresh.restore(tmp_path)
     with torch.no_grad():
         assert torch.equal(fresh.log_prob(SEGMENT, segment, slice(0, 1)).log_probs, moved)
+
+
+def test_call_arguments_of_other_keys_are_refused():
+    with pytest.raises(RecipeError, match=r"policy\.sampling\.call\.confidence_threshold: is not for this model"):
+        policy_of("canvas", call={"confidence_threshold": 0.1})
 
 
 def test_a_model_that_takes_no_positions_is_refused():

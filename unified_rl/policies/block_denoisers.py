@@ -25,6 +25,9 @@ Call = Callable[..., Any]
 class BlockDenoiser(Protocol):
     """A model and its pipeline's loop."""
 
+    call_keys: tuple[str, ...]
+    """Arguments of the pipeline's call that a recipe may set under `call`; other keys set the rest."""
+
     def run(self, model: nn.Module, prompts: Tensor, settings: MaskedTextSampling, tape: BlockTape) -> Tensor:
         """The loop, for prompts [B, P] without padding: sequences [B, P + max_new_tokens or more]."""
         ...
@@ -61,6 +64,8 @@ class BlockDenoiser(Protocol):
 
 class MaskedBlocks:
     """A bidirectional model of one sequence, whose unknown tokens are masks."""
+
+    call_keys = ("mask_token_id", "eos_early_stop", "max_post_steps", "minimal_topk")
 
     def __init__(self, model: nn.Module, mask_id: int, end_id: int) -> None:
         parameters = inspect.signature(model.forward).parameters
@@ -133,6 +138,8 @@ class CanvasBlocks:
     is recorded ([canvas, hidden size], not the logits over the vocabulary) and scored as it was; no gradient flows
     through it, as in the training of such models.
     """
+
+    call_keys = ("eos_early_stop",)
 
     def __init__(self, model: DiffusionGemmaForBlockDiffusion, end_id: int) -> None:
         config: Any = model.config

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DiffusionGemmaForBlockDiffusion, LogitsProcessorList
 
-from unified_rl.errors import RecipeError
+from unified_rl.errors import RecipeError, nearest
 from unified_rl.policies.block_denoisers import BlockDenoiser, CanvasBlocks, MaskedBlocks
 from unified_rl.policies.block_head import BlockTape, State
 from unified_rl.policies.categorical_head import processors, score, suppressed_ids
@@ -69,7 +69,8 @@ class MaskedTextPolicy:
             with_reference: keep what `reference()` needs (full fine-tuning: a frozen copy).
 
         Raises:
-            RecipeError: if the tokenizer lacks an end or a mask, or the adapter or train patterns match nothing.
+            RecipeError: if the tokenizer lacks an end or a mask, a call argument is not for this model, or the adapter
+                or train patterns match nothing.
             UnsupportedPipelineError: if the model cannot be called as its pipeline does.
         """
         assert isinstance(block.sampling, MaskedTextSampling)
@@ -80,6 +81,10 @@ class MaskedTextPolicy:
         self._tokenizer = tokenizer
         self._end_id = _end_id(tokenizer)
         self._denoiser = _denoiser_of(model, tokenizer, self._end_id, block.sampling)
+        for key in (*block.sampling.call, *self._settings[True].call):
+            if key not in self._denoiser.call_keys:
+                known = self._denoiser.call_keys
+                raise RecipeError(f"policy.sampling.call.{key}: is not for this model{nearest(key, known)}")
         estimated = block.sampling.estimator != "trajectory"
         most = block.sampling.num_scored if estimated else self._denoiser.most_steps(block.sampling)
         self.max_steps: Mapping[str, int] = {SEGMENT: most}

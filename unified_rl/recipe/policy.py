@@ -192,7 +192,8 @@ class MaskedTextSampling(TokenSampling, Estimated):
     editing_threshold: float | None = Field(default=None, gt=0, le=1)
     """Tokens that were filled in are replaced by others drawn with a probability above it; None: they stay."""
     call: dict[str, Any] = {}
-    """Further arguments of the pipeline's call, for instance mask_token_id, eos_early_stop."""
+    """Further arguments of the pipeline's call: eos_early_stop, and of LLaDA2's mask_token_id, max_post_steps,
+    minimal_topk."""
 
     @property
     def num_blocks(self) -> int:
