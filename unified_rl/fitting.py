@@ -4,7 +4,6 @@ Gradients and metrics of a try that failed are dropped on all processes, and den
 is the whole one up to rounding. Rollouts keep the batch that they had.
 """
 
-import functools
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from unified_rl.assemble import Parts
 from unified_rl.engine import distributed
 from unified_rl.metrics import StepMetrics
 from unified_rl.recipe.schema import Recipe
-from unified_rl.update import Judge, accumulate, finish
+from unified_rl.update import accumulate, finish
 from unified_rl.windows import Window
 
 
@@ -44,6 +43,10 @@ def fitted_update(
         TooLargeError: if memory runs out, and the recipe does not ask for halving or one row alone is too much.
     """
     halve = parts.recipe.engine.on_out_of_memory == "halve"
+
+    def look(gap: float, gaps: Sequence[float]) -> None:
+        judge(gap, gaps, windows)
+
     while True:
         metrics, message = _tried(parts, windows, first_update=first_update)
         if message and not halve:
@@ -51,8 +54,7 @@ def fitted_update(
         # Nothing is exchanged within windows under the stages that may halve, so a process can leave them alone.
         failed = [text for text in distributed.gather_objects([message]) if text] if halve else []
         if not failed:
-            looks: Judge = functools.partial(judge, windows=windows)
-            return finish(parts.policy, parts.engine, metrics, looks), parts
+            return finish(parts.policy, parts.engine, metrics, look), parts
         parts.engine.discard()
         windows = []
         gc.collect()

@@ -109,22 +109,23 @@ class Memo:
             if layout is None:
                 return self.whole(name, function, args, kwargs)
             self._put(key, _row(result, layout, 0))
-        found, layout = [self._get(key) for key in keys], self._layouts[name, shared]
+        found, known = [self._get(key) for key in keys], self._layouts[name, shared]
+        assert known is not None, "rows of what has no rows are never kept"
         shapes = {tuple(None if part is None else part.shape for part in row) for row in found}
         if len(shapes) > 1:
             # Cut or padded to the batch: the rows belong together as this batch encodes them, and a later window of
             # them must find them so.
             result = self.whole(name, function, args, kwargs)
-            if all(layout) and has_rows(result, num_rows):
+            if all(known) and has_rows(result, num_rows):
                 for row, key in enumerate(keys):
-                    self._put(key, _row(result, layout, row))
+                    self._put(key, _row(result, known, row))
             return result
-        joined = zip(layout, zip(*found, strict=True), strict=True)
+        joined = zip(known, zip(*found, strict=True), strict=True)
         if any(not splits and any(not _same(part, parts[0]) for part in parts) for splits, parts in joined):
             return self.whole(name, function, args, kwargs)  # not shared after all: it depends on the row
         return tuple(
             parts[0] if parts[0] is None or not splits else torch.stack(parts)
-            for splits, parts in zip(layout, zip(*found, strict=True), strict=True)
+            for splits, parts in zip(known, zip(*found, strict=True), strict=True)
         )
 
 

@@ -18,7 +18,7 @@ TEXT: dict[str, Any] = {
     "num_key_value_heads": 2,
 }
 MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WORDS = ("<pad>", "<s>", "</s>", "<unk>")
 CHAT = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
