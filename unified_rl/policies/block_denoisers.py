@@ -65,7 +65,7 @@ class BlockDenoiser(Protocol):
 class MaskedBlocks:
     """A bidirectional model of one sequence, whose unknown tokens are masks."""
 
-    call_keys = ("mask_token_id", "eos_early_stop", "max_post_steps", "minimal_topk")
+    call_keys: tuple[str, ...] = ("mask_token_id", "eos_early_stop", "max_post_steps", "minimal_topk")
 
     def __init__(self, model: nn.Module, mask_id: int, end_id: int) -> None:
         parameters = inspect.signature(model.forward).parameters
@@ -139,7 +139,7 @@ class CanvasBlocks:
     through it, as in the training of such models.
     """
 
-    call_keys = ("eos_early_stop",)
+    call_keys: tuple[str, ...] = ("eos_early_stop",)
 
     def __init__(self, model: DiffusionGemmaForBlockDiffusion, end_id: int) -> None:
         config: Any = model.config

@@ -84,7 +84,7 @@ class MaskedTextPolicy:
         for key in (*block.sampling.call, *self._settings[True].call):
             if key not in self._denoiser.call_keys:
                 known = self._denoiser.call_keys
-                raise RecipeError(f"policy.sampling.call.{key}: is not for this model{nearest(key, known)}")
+                raise RecipeError(f"policy.sampling.call.{key}: is not for this model{nearest(key, list(known))}")
         estimated = block.sampling.estimator != "trajectory"
         most = block.sampling.num_scored if estimated else self._denoiser.most_steps(block.sampling)
         self.max_steps: Mapping[str, int] = {SEGMENT: most}
