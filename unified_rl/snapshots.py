@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,6 +37,7 @@ class HoldsWeights(Protocol):
     """What this module needs of an engine."""
 
     rank: int
+    world_size: int
 
     @property
     def is_sharded(self) -> bool: ...
@@ -115,27 +116,26 @@ class Snapshots:
             return
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}/{key}": tensor for name, copy in self._copies.items() for key, tensor in copy.items()}
-        save_file(tensors, self._file(directory), metadata={"ticks": json.dumps(self._ticks)})
+        part, num_parts = self._cut
+        metadata = {"ticks": json.dumps(self._ticks), "num_parts": str(num_parts)}
+        save_file(tensors, _file(directory, part), metadata=metadata)
 
     def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote, exactly; the engine's weights are restored before.
+        """Go on from what `save` wrote, exactly, with any number of processes and ZeRO stage; the engine's weights are
+        restored before.
 
         A copy that the recipe has now and the checkpoint lacks starts from the restored weights (with decay 1, it stays
         what the run started from).
 
         Raises:
-            CheckpointError: if the copies are of other parameters, or sharded otherwise.
+            CheckpointError: if the copies are of other parameters, or a file is missing.
         """
         if not self._rules:
             return
-        file = self._file(directory)
         found: dict[str, Tensor] = {}
         if directory.is_dir():
-            if not file.is_file():
-                raise CheckpointError(f"{file}: missing; snapshots were written by another number of processes")
-            found = load_file(file)
-            with safe_open(file, "pt") as opened:
-                self._ticks = json.loads(opened.metadata()["ticks"])
+            sizes = {f"{name}/{key}": tensor for name, copy in self._copies.items() for key, tensor in copy.items()}
+            found, self._ticks = _read(directory, sizes, *self._cut)
         for name, rule in self._rules.items():
             stored = {key.removeprefix(f"{name}/"): found[key] for key in found if key.startswith(f"{name}/")}
             if not stored and rule.decay == 1:
@@ -143,11 +143,47 @@ class Snapshots:
             source = stored or self._engine.shards()
             for key, tensor in self._copies[name].items():
                 if key not in source or source[key].shape != tensor.shape:
-                    raise CheckpointError(f"{file}: other trained parameters than now, for instance {key}")
+                    raise CheckpointError(f"{directory}: other trained parameters than now, for instance {key}")
                 tensor.copy_(source[key])
 
-    def _file(self, directory: Path) -> Path:
-        return directory / f"rank_{self._engine.rank if self._engine.is_sharded else 0:05d}.safetensors"
+    @property
+    def _cut(self) -> tuple[int, int]:
+        """Which part of the weights this process holds, and of how many."""
+        return (self._engine.rank, self._engine.world_size) if self._engine.is_sharded else (0, 1)
+
+
+def _file(directory: Path, part: int) -> Path:
+    return directory / f"rank_{part:05d}.safetensors"
+
+
+def _read(
+    directory: Path, mine: Mapping[str, Tensor], part: int, num_parts: int
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """This process's part of every copy and the ticks, from files that may hold the weights in another number of parts.
+
+    Args:
+        mine: what the parts look like now, by the keys of the files.
+    """
+    try:
+        with safe_open(_file(directory, 0), "pt") as opened:
+            metadata = opened.metadata()
+        ticks, written = json.loads(metadata["ticks"]), int(metadata["num_parts"])
+        if written == num_parts:
+            return load_file(_file(directory, part)), ticks
+        parts = [load_file(_file(directory, number)) for number in range(written)]
+        whole = {key: torch.cat([tensors[key].flatten() for tensors in parts]) for key in parts[0]}
+    except (OSError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: no whole set of snapshots ({type(error).__name__}: {error})") from error
+    found = {}
+    for key in whole.keys() & mine.keys():
+        size = mine[key].numel()
+        spare = size * num_parts - whole[key].numel()
+        # Both ends of the vector may be padded, by less than one value a part.
+        if abs(spare) >= max(num_parts, written):
+            raise CheckpointError(f"{directory}: other trained parameters than now, for instance {key}")
+        vector = torch.nn.functional.pad(whole[key], (0, max(0, spare)))
+        found[key] = vector[size * part : size * (part + 1)].view_as(mine[key])
+    return found, ticks
 
 
 def _copied(shards: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -125,6 +125,40 @@ def test_what_was_saved_comes_back(tmp_path: Path):
         other.load(tmp_path / "snapshots")
 
 
+class Part:
+    """What ZeRO-3 leaves one process of a weight [2, 5]: its share of the padded vector, or all of it as it is."""
+
+    def __init__(self, weight: torch.Tensor, rank: int, world_size: int) -> None:
+        self.rank, self.world_size, self.is_sharded = rank, world_size, world_size > 1
+        size = -(-weight.numel() // world_size)
+        padded = nn.functional.pad(weight.flatten(), (0, size * world_size - weight.numel()))
+        self._shard = padded[size * rank : size * (rank + 1)].clone() if self.is_sharded else weight.clone()
+
+    def shards(self) -> dict[str, torch.Tensor]:
+        return {"weight": self._shard}
+
+    def shards_changed(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 3), (3, 1), (4, 3), (3, 4)])
+def test_other_processes_go_on_with_the_copies(before: int, now: int, tmp_path: Path):
+    weight, rules = torch.arange(1.0, 11.0).view(2, 5), {"start": Snapshot(decay=1.0)}
+    for rank in range(before):
+        Snapshots(Part(weight, rank, before), rules).save(tmp_path)
+    for rank in range(now):
+        engine = Part(torch.zeros(2, 5), rank, now)
+        copies = Snapshots(engine, rules)
+        copies.load(tmp_path)
+        with copies.use("start"):
+            assert torch.equal(engine.shards()["weight"], Part(weight, rank, now).shards()["weight"])
+    with pytest.raises(CheckpointError, match="other trained parameters than now, for instance start/weight"):
+        Snapshots(Part(torch.zeros(2, 9), 0, now), rules).load(tmp_path)
+    (tmp_path / f"rank_{before - 1:05d}.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no whole set of snapshots"):
+        Snapshots(Part(weight, 0, now), rules).load(tmp_path)
+
+
 KEYS: dict[str, Any] = {
     "ema": {"decay": 0.8},
     "snapshots": {"old": {"decay": 0.5, "clock": "rollout"}},

@@ -255,8 +255,11 @@ class DeepSpeedEngine:
 
     @contextmanager
     def full_weights(self) -> Iterator[None]:
-        """Inside it, `module` holds whole trained parameters on every rank (stage 3 gathers them), for saving."""
-        with deepspeed.zero.GatheredParameters(list(self._trained.values()), enabled=self._stage == 3):
+        """Inside it, `module` holds whole parameters on every rank (stage 3 gathers them), for saving: the frozen ones
+        too, unless adapters are trained, which are saved without the model that they belong to."""
+        adapters = any("lora_" in name for name in self._trained)
+        saved = list(self._trained.values()) if adapters else list(self.module.parameters())
+        with deepspeed.zero.GatheredParameters(saved, enabled=self._stage == 3):
             yield
 
     def save(self, directory: Path) -> None:
