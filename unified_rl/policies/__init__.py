@@ -28,6 +28,10 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
     )
     with_reference = any(objective.needs_reference for objective in recipe.objective.values())
     try:
+        if block.writer is not None:
+            from unified_rl.policies.chain import load_chain
+
+            return load_chain(recipe, evaluation=evaluation, device=device)
         if block.family in PIPELINES:
             from unified_rl.policies.diffusion import DiffusionPolicy
             from unified_rl.policies.masked_diffusion import MaskedDiffusionPolicy

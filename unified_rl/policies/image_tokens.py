@@ -22,11 +22,13 @@ from unified_rl.policies.guided_tokens import Drawing, Row
 from unified_rl.policies.image_families import DRAWN, family_of
 from unified_rl.policies.lora import select_trained
 from unified_rl.policies.probing import UNGUIDED, UNGUIDED_REMEDY
+from unified_rl.policies.text_inputs import rewritten
 from unified_rl.protocols import Probe
 from unified_rl.recipe.policy import ImageTokenSampling, PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Segment, StepStates, StepStats, Trajectory
 
 TEXT, IMAGE = "text", "image"
+THINK = "policy.sampling.think"
 
 
 class ImageTokensPolicy(CausalLMPolicy):
@@ -81,12 +83,12 @@ class ImageTokensPolicy(CausalLMPolicy):
         drawn_from = list(prompts)
         if settings.think is not None:
             think = settings.think
-            asked = [_rewritten(prompt, think.instruction) for prompt in prompts]
+            asked = [rewritten(prompt, think.instruction, THINK) for prompt in prompts]
             thought = super().sample(asked, evaluation=evaluation)
             segments[TEXT] = thought.segments[TEXT]
             texts = [completion.text for completion in thought.completions]
             drawn_from = [
-                _rewritten(prompt, think.draw, text=text) for prompt, text in zip(prompts, texts, strict=True)
+                rewritten(prompt, think.draw, THINK, text=text) for prompt, text in zip(prompts, texts, strict=True)
             ]
         segment, images = self._draw(drawn_from, settings)
         segments[IMAGE] = segment
@@ -174,14 +176,3 @@ class ImageTokensPolicy(CausalLMPolicy):
             return tuple(ids), tuple(self._family.unconditional(ids))
         text, templated = self._inputs.render(replace(prompt, text=settings.negative_prompt), settings)
         return tuple(ids), tuple(self._family.prompt(text, special=not templated))
-
-
-def _rewritten(prompt: Prompt, template: str, **texts: str | None) -> Prompt:
-    """The prompt with its text put into a template.
-
-    Raises:
-        RecipeError: if it is a chat, which has no single text.
-    """
-    if not isinstance(prompt.text, str):
-        raise RecipeError("policy.sampling.think: prompts must be plain texts, not chat messages")
-    return replace(prompt, text=template.format(prompt=prompt.text, **texts))

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,6 +106,20 @@ class TextInputs:
                 parts = [_left_padded(part, longest, fill) for part in parts]
             batch[name] = torch.cat(_padded(parts)).to(device)
         return batch
+
+
+def rewritten(prompt: Prompt, template: str, key: str, **texts: str | None) -> Prompt:
+    """The prompt with its text put into a template.
+
+    Args:
+        key: of the recipe, which errors begin with.
+
+    Raises:
+        RecipeError: if it is a chat, which has no single text.
+    """
+    if not isinstance(prompt.text, str):
+        raise RecipeError(f"{key}: prompts must be plain texts, not chat messages")
+    return replace(prompt, text=template.format(prompt=prompt.text, **texts))
 
 
 def _videos(prompt: Prompt) -> list[list[Any]]:

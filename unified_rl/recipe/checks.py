@@ -20,23 +20,25 @@ def check_recipe(recipe: Recipe) -> list[str]:
         RecipeError: for the first thing that is wrong.
     """
     warnings = _check_model(recipe.policy)
+    if recipe.policy.writer is not None:
+        warnings += _check_model(recipe.policy.writer.block, "policy.writer.model")
     _check_policy(recipe)
     _check_engine(recipe)
     check_rewards(recipe.rewards)
     return warnings + _check_data(recipe) + _check_counts(recipe)
 
 
-def _check_model(policy: PolicyBlock) -> list[str]:
+def _check_model(policy: PolicyBlock, key: str = "policy.model") -> list[str]:
     folder = Path(policy.model)
     needed = "model_index.json" if policy.family in PIPELINES else "config.json"
     if folder.is_dir():
         if not (folder / needed).is_file():
-            raise RecipeError(f"policy.model: {folder} has no {needed}, which a {policy.family} model needs")
+            raise RecipeError(f"{key}: {folder} has no {needed}, which a {policy.family} model needs")
         return []
     if folder.is_absolute() or policy.model.startswith(".") or policy.model.count("/") > 1:
-        raise RecipeError(f"policy.model: no folder {folder}; give one that save_pretrained wrote, or a hub name")
+        raise RecipeError(f"{key}: no folder {folder}; give one that save_pretrained wrote, or a hub name")
     pin = "" if policy.revision else "; pin it with policy.revision"
-    return [f"policy.model: no folder {policy.model} here, so it is taken from the hub{pin}"]
+    return [f"{key}: no folder {policy.model} here, so it is taken from the hub{pin}"]
 
 
 def _check_policy(recipe: Recipe) -> None:
@@ -66,6 +68,8 @@ def _check_policy(recipe: Recipe) -> None:
     if not isinstance(sampling, DiffusionSampling):
         _check_savings(recipe)
         return
+    if not recipe.trains("image"):
+        return  # a frozen pipeline draws for its writer
     if sampling.noise_level == 0 and any("steps" in part.kinds for part in recipe.objective.values()):
         raise RecipeError(
             "policy.sampling.noise_level: 0 makes every step deterministic, so a policy gradient has nothing to train;"

@@ -13,6 +13,7 @@ from unified_rl.policies.noise_plan import noisy_steps
 from unified_rl.policies.pipeline_table import PipelineRow, pipeline_table
 from unified_rl.recipe.block import Block
 from unified_rl.recipe.explain_method import method_lines
+from unified_rl.recipe.explain_writer import writer_lines
 from unified_rl.recipe.file import shipped_recipes
 from unified_rl.recipe.guard import Guard
 from unified_rl.recipe.objective import Objective
@@ -20,7 +21,7 @@ from unified_rl.recipe.policy import PIPELINES, SAMPLING, STEPWISE, DiffusionSam
 from unified_rl.recipe.presets import PRESETS, RECIPE_PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.recipe.schema import Recipe
-from unified_rl.recipe.step_counts import step_windows, trained_segments, trained_steps
+from unified_rl.recipe.step_counts import chain_windows, step_windows, trained_segments, trained_steps
 from unified_rl.rewards.scoring import list_rewards
 
 _MEANINGS = {
@@ -89,7 +90,9 @@ def plan(recipe: Recipe) -> Plan:
     windows = math.ceil(per_update / recipe.engine.micro_batch)
     num_rollouts = math.ceil(recipe.num_steps / recipe.updates_per_rollout)
     steps = trained_steps(recipe)
-    if recipe.policy.family in STEPWISE and steps is not None:
+    if recipe.policy.writer is not None and steps is not None:
+        windows *= chain_windows(recipe)
+    elif recipe.policy.family in STEPWISE and steps is not None:
         windows *= step_windows(recipe, steps)
     else:
         windows *= len(trained_segments(recipe))
@@ -166,6 +169,7 @@ def _policy_lines(recipe: Recipe) -> list[tuple[str, str]]:
         ("trained", trained),
         ("sampling", _compact(policy.sampling.model_dump(exclude_none=True))),
         *_noise_lines(recipe),
+        *writer_lines(recipe),
     ]
 
 
@@ -208,6 +212,8 @@ def _memory_lines(recipe: Recipe) -> list[tuple[str, str]]:
 
 def _work_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
     per_trajectory = "denoising steps" if recipe.policy.family in STEPWISE else "tokens"
+    if recipe.policy.writer is not None:
+        per_trajectory = "tokens and denoising steps"
     steps = "all" if counts.steps_trained is None else f"at most {counts.steps_trained}"
     return [
         ("rollout", f"{recipe.prompts_per_step} prompts x {recipe.group_size} = {counts.samples_per_rollout} samples"),

@@ -149,6 +149,9 @@ def _resolve_policy(raw: dict, folder: Path) -> None:
     if not isinstance(policy, dict) or not isinstance(policy.get("model"), str):
         return
     policy["model"] = locate(policy["model"], folder)
+    writer = policy.get("writer")
+    if isinstance(writer, dict) and isinstance(writer.get("model"), str):
+        writer["model"] = locate(writer["model"], folder)
     if "family" not in policy:
         policy["family"] = _family_of(Path(policy["model"]))
     if isinstance(policy.setdefault("sampling", {}), dict):

@@ -85,6 +85,13 @@ def data_conflicts(recipe: "Recipe") -> Iterator[tuple[str, str]]:
         yield "record_rollouts", f"{recipe.policy.family} policies cannot train on recorded samples; leave it out"
     if recipe.record_rollouts and data.rollouts is not None:
         yield "record_rollouts", "these samples are recorded already; leave it out"
+    if recipe.policy.writer is not None and (recipe.record_rollouts or data.rollouts is not None):
+        key = "record_rollouts" if recipe.record_rollouts else "data.rollouts"
+        yield key, "recorded samples hold no texts of a policy.writer beside their pictures; leave it out"
+    if recipe.policy.writer is not None:
+        for name, objective in recipe.objective.items():
+            if objective.advantage == "gae":
+                yield f"objective.{name}.advantage", "gae has no critic for a policy.writer's chain; use group_std"
     kinds = {kind for objective in recipe.objective.values() for kind in objective.kinds}
     if bool(data.prompts) == (data.rollouts is not None):
         yield "data", "give prompts to sample for, or rollouts that were recorded; one of them"

@@ -249,6 +249,34 @@ class Savings(Block):
     """Samples that are decoded at once; None: all of a rollout batch."""
 
 
+class Writer(Block):
+    """A language model that writes the prompt that a pipeline draws from: a segment of its own, `text`."""
+
+    model: str
+    """A folder written by `save_pretrained`, or a hub name, of any transformers generator of text."""
+    revision: str | None = None
+    """Revision of a hub name; pin it."""
+    instruction: str = "{prompt}"
+    """What the writer is asked."""
+    draw: str = "{text}"
+    """What the pipeline is then asked to draw; {prompt} is there too."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: str | None = None
+    gradient_checkpointing: bool = False
+    adapter: Adapter = Adapter()
+    train: list[str] | None = None
+    sampling: TextSampling = TextSampling()
+    """These keys are as those of a policy; a writer without objective.text is frozen, and a pipeline without
+    objective.image is."""
+
+    @property
+    def block(self) -> "PolicyBlock":
+        """The writer as a policy of its own."""
+        keys = self.model_dump(exclude={"instruction", "draw", "gradient_checkpointing"})
+        memory = Savings(gradient_checkpointing=self.gradient_checkpointing)
+        return PolicyBlock(**keys, family="causal_lm", memory=memory)
+
+
 class PolicyBlock(Block):
     """The model to train."""
 
@@ -273,6 +301,8 @@ class PolicyBlock(Block):
     """Regular expressions on parameter names: only matching parameters are trained. None: the family's default. Of a
     pipeline with two denoisers (Wan 2.2), names begin with the component's, so that "^transformer_2[.]" trains, or
     adapts, only the one of the less noisy steps."""
+    writer: Writer | None = None
+    """A language model before a diffusion pipeline, which writes what is drawn; None: the prompts are drawn."""
     sampling: DiffusionSampling | TextSampling | ImageTokenSampling | MaskedDiffusionSampling | MaskedTextSampling
 
     @property
@@ -280,12 +310,25 @@ class PolicyBlock(Block):
         """Names of the segments of this policy's trajectories, in the order in which they are sampled."""
         if isinstance(self.sampling, ImageTokenSampling):
             return ("image",) if self.sampling.think is None else ("text", "image")
+        if self.writer is not None:
+            return ("text", "image")
         return ("image",) if self.family in PIPELINES else ("text",)
+
+    def family_of(self, segment: str) -> str:
+        """The family of the model that a segment is drawn by ("all": of the policy)."""
+        return "causal_lm" if self.writer is not None and segment == "text" else self.family
 
     def refusals(self, zero_stage: int) -> Iterator[tuple[str, str]]:
         """(key, reason and alternative) for each combination with other keys of the recipe that is refused."""
         if self.family == "masked_text" and zero_stage == 3:
             yield "engine.zero_stage", "3 gathers weights in step, but texts take different numbers of steps; use 2"
+        if self.writer is not None:
+            if self.family != "diffusion":
+                yield "policy.writer", f"writes for diffusion pipelines, not for {self.family} policies; leave it out"
+            if zero_stage == 3:
+                yield "engine.zero_stage", "3 is not supported with a writer; use 2"
+            if self.memory.text_encoders == "drop":
+                yield "policy.memory.text_encoders", "drop needs to know all prompts before; with a writer use offload"
         if not self.trust_remote_code:
             return
         if self.family != "masked_text":

@@ -190,7 +190,7 @@ class Recipe(Block):
                     "at least 2, or advantage: gae"
                 )
         for name, objective in self.objective.items():
-            for key, reason in refusals(objective, self.policy.family):
+            for key, reason in refusals(objective, self.policy.family_of(name)):
                 raise ValueError(f"objective.{name}.{key}: {reason}")
             for key, reason in method_conflicts(objective, self):
                 raise ValueError(f"{key}: {reason}")

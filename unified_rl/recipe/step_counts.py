@@ -32,11 +32,19 @@ def step_windows(recipe: Recipe, steps: int) -> int:
     return max((one.copies if one.kind == "renoised" else 1 for one in gradients), default=steps)
 
 
+def chain_windows(recipe: Recipe) -> int:
+    """The same for a writer and its pipeline: all tokens in one forward, each denoising step in another."""
+    steps = _of_segment(recipe, "image") if recipe.trains("image") else None
+    return int(recipe.trains("text")) + (step_windows(recipe, steps) if steps is not None else 0)
+
+
 def _of_segment(recipe: Recipe, name: str) -> int | None:
     sampling, objective = recipe.policy.sampling, recipe.objective_for(name)
     limit = objective.train_steps
     most: int | None
-    if isinstance(sampling, DiffusionSampling) and objective.kinds == {"reward"}:
+    if name == "text" and recipe.policy.writer is not None:
+        most = recipe.policy.writer.sampling.max_new_tokens
+    elif isinstance(sampling, DiffusionSampling) and objective.kinds == {"reward"}:
         settings, limit = objective.reward_gradient, None
         most = min(settings.steps[1], sampling.num_inference_steps) if settings.kind == "last_steps" else 1
     elif isinstance(sampling, DiffusionSampling):

@@ -81,10 +81,15 @@ def export(
         verify(chosen)
     except CheckpointError as error:
         raise RecipeError(str(error)) from error
-    source = Source(block=recipe.policy, folder=folder)
-    writer = _writer(source, form)
-    out.mkdir(parents=True, exist_ok=True)
-    writer(source, out)
+    sources = {out: Source(block=recipe.policy, folder=folder)}
+    if recipe.policy.writer is not None:  # two models, each in a folder of its own if it was trained
+        blocks = {"writer": recipe.policy.writer.block, "drawer": recipe.policy}
+        parts = {name: block for name, block in blocks.items() if (folder / name).is_dir()}
+        sources = {out / name: Source(block=block, folder=folder / name) for name, block in parts.items()}
+    writers = [(_writer(source, form), source, place) for place, source in sources.items()]
+    for writer, source, place in writers:
+        place.mkdir(parents=True, exist_ok=True)
+        writer(source, place)
     return chosen
 
 

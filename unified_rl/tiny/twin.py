@@ -34,6 +34,7 @@ HUB = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "WanPipeline-2.2",
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "WanImageToVideoPipeline",
     "Qwen/Qwen2.5-1.5B": "Qwen2ForCausalLM",
+    "Qwen/Qwen2.5-1.5B-Instruct": "Qwen2ForCausalLM",
     "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen2_5_VLForConditionalGeneration",
     "Qwen/Qwen2.5-VL-7B-Instruct": "Qwen2_5_VLForConditionalGeneration",
     "HuggingFaceTB/SmolVLM-Instruct": "Idefics3ForConditionalGeneration",
@@ -127,6 +128,7 @@ def _shrink_model(policy: dict, data: dict, folder: Path) -> list[str]:
         return []  # ships with the project and is tiny
     name, model = _class_of(policy["model"], local), policy["model"]
     policy.update(model=str(_twin(name)), revision=None)
+    written = _shrink_model(policy["writer"], data, folder) if policy.get("writer") else []
     sampling, adapter = policy.setdefault("sampling", {}), policy.get("adapter", {})
     if name in _pipeline_twins():
         policy["family"] = "diffusion"
@@ -140,7 +142,7 @@ def _shrink_model(policy: dict, data: dict, folder: Path) -> list[str]:
     if adapter.get("kind", "none") == "none" and policy.get("dtype", "float32") != "float32":
         policy["dtype"] = "float32"
         notes.append("policy.dtype: float32, because full fine-tuning in less wants ZeRO")
-    return notes
+    return notes + [note.replace("policy.", "policy.writer.", 1) for note in written]
 
 
 def _shrink_denoising(sampling: dict, name: str) -> None:
