@@ -118,6 +118,10 @@ class UntilReached(StopSignal):
         super().__init__()
         self._file, self._key, self._target = folder / "eval.jsonl", key, target
 
+    @property
+    def exit_code(self) -> int:
+        return 0
+
     def requested(self) -> bool:
         return any(row[self._key] >= self._target for row in read_jsonl(self._file))
 
