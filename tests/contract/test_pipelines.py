@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.contract.pipelines.build import Case
 from tests.contract.pipelines.cases import CASES
-from tests.contract.pipelines.check import Kernel, measure, measure_lora, policy_of, prompts_of
+from tests.contract.pipelines.check import Kernel, measure, measure_both, policy_of, prompts_of
 from tests.contract.pipelines.components import betas
 from tests.contract.pipelines.table import DOCS, document, exported, task_of
 from unified_rl.policies.diffusion import DiffusionPolicy
@@ -33,13 +33,12 @@ def case_of(name: str) -> Case:
 
 @pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
 def test_a_pipeline_replays_its_rollout(case: Case):
-    measured = measure(case)
+    measured, lora = measure_both(case)
     assert measured.kernel == KERNELS[case.name], "as the table says"
     assert measured.gap <= TOLERANCE, "at the rollout's batch shape"
     assert measured.row_gap <= case.row_tolerance, "one row alone"
     assert 0 < measured.smallest_gradient < float("inf")
     assert measured.checkpointing_gap is None or measured.checkpointing_gap <= 1e-4
-    lora = measure_lora(case)
     assert lora.gap == 0.0 and 0 < lora.gradient < float("inf") and lora.others == 0
 
 

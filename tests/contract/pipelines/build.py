@@ -48,6 +48,8 @@ class Case:
     step of little noise magnifies it)."""
     constants: dict[str, Any] = field(default_factory=dict)
     """Names in the pipeline's module that fix a resolution which no test can afford, and what stands in for them."""
+    attributes: dict[str, Any] = field(default_factory=dict)
+    """What is set on the instance for the same reason."""
     rows: int = 2
     """Rows of one call; 1 where the class cannot take several prompts or pictures at once."""
 
@@ -108,7 +110,11 @@ def build(case: Case) -> Any:
             chosen[key] = known[0]()
         else:
             raise LookupError(f"{case.name}: no tiny {key}: {options}")
-    return pipeline_class(**chosen)
+    pipeline = pipeline_class(**chosen)
+    for name, value in case.attributes.items():
+        assert name in vars(pipeline), f"{case.name} has no {name}"
+        setattr(pipeline, name, value)
+    return pipeline
 
 
 def call_settings(case: Case) -> dict[str, Any]:

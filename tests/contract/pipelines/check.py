@@ -1,7 +1,8 @@
-"""Measures the replay contract of one case: two instances of a class pay for every dimension."""
+"""Measures the replay contract of one case: one instance of a class pays for every dimension."""
 
+import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,8 +46,14 @@ class MeasuredLora:
     """Parameters with a gradient that are no adapters."""
 
 
-def policy_of(case: Case, kernel: Kernel = "auto", *, lora: bool = False) -> DiffusionPolicy:
-    """`lora`: adapters on a bfloat16 pipeline, in place of full fine-tuning in float32."""
+def policy_of(
+    case: Case, kernel: Kernel = "auto", *, lora: bool = False, pipeline: Any | None = None
+) -> DiffusionPolicy:
+    """A policy over a fresh instance of the class, or over a `pipeline` that is used up.
+
+    Args:
+        lora: adapters on a bfloat16 pipeline, in place of full fine-tuning in float32.
+    """
     sampling = DiffusionSampling(
         num_inference_steps=NUM_STEPS, noise_level=0.7, kernel=kernel, call=call_settings(case)
     )
@@ -56,7 +63,7 @@ def policy_of(case: Case, kernel: Kernel = "auto", *, lora: bool = False) -> Dif
         adapter=Adapter(kind="lora" if lora else "none", rank=2, targets=case.lora_targets),
         sampling=sampling,
     )
-    pipeline = build(case)
+    pipeline = build(case) if pipeline is None else pipeline
     return DiffusionPolicy(pipeline.to(torch.bfloat16) if lora and case.half else pipeline, block)
 
 
@@ -81,10 +88,14 @@ def _calls(case: Case, prompts: list[Prompt]) -> list[list[Prompt]]:
     return [prompts[start : start + case.rows] for start in range(0, len(prompts), case.rows)]
 
 
+def _apart(segment: Segment, log_probs: Tensor, step: int) -> float:
+    """Largest distance of replayed log-probs [B] of one step from the reported ones."""
+    return float((log_probs.detach() - segment.rollout_log_probs[:, step]).abs().max())
+
+
 def _gap(policy: DiffusionPolicy, segment: Segment, step: int) -> float:
     with torch.no_grad():
-        scored = policy.log_prob("image", segment, slice(step, step + 1)).log_probs[:, 0]
-    return float((scored - segment.rollout_log_probs[:, step]).abs().max())
+        return _apart(segment, policy.log_prob("image", segment, slice(step, step + 1)).log_probs[:, 0], step)
 
 
 def _stochastic(segment: Segment) -> list[int]:
@@ -106,38 +117,49 @@ def _norm(gradients: dict[str, Tensor]) -> float:
     return float(torch.stack([gradient.float().norm() for gradient in gradients.values()]).norm())
 
 
-def measure(case: Case, kernel: Kernel = "auto") -> Measured:
-    """Sample all rows, replay each step at the batch shape and with the last row alone, and take gradients."""
-    policy = policy_of(case, kernel)
+def measure(case: Case, kernel: Kernel = "auto", *, pipeline: Any | None = None) -> Measured:
+    """Sample all rows, replay each step at the batch shape with gradients, and the last one with the last row alone."""
+    policy = policy_of(case, kernel, pipeline=pipeline)
     gaps, row_gaps, norms, checkpointing = [], [], [], None
     for call in _calls(case, prompts_of(case)):
         segment = policy.sample(call).segments["image"]
-        for step in _stochastic(segment):
+        steps = _stochastic(segment)
+        for step in steps:
             log_probs, gradients = _gradients(policy, segment, step)
-            gaps.append(float((log_probs - segment.rollout_log_probs[:, step]).abs().max()))
-            row_gaps.append(_gap(policy, segment.rows(slice(len(call) - 1, len(call))), step))
+            gaps.append(_apart(segment, log_probs, step))
             norms.append(_norm(gradients))
+        if len(call) > 1:
+            row_gaps.append(_gap(policy, segment.rows(slice(len(call) - 1, len(call))), steps[-1]))
     if case.checkpointing and policy.module._supports_gradient_checkpointing:
         policy.module.enable_gradient_checkpointing()
         _, again = _gradients(policy, segment, step)
         assert again.keys() == gradients.keys()
         checkpointing = max(float((again[name] - gradients[name]).norm()) for name in again) / norms[-1]
+        policy.module.disable_gradient_checkpointing()
     return Measured(
         kernel=policy._head.kernel,
         num_steps=segment.rollout_log_probs.shape[1],
         gap=max(gaps),
-        row_gap=max(row_gaps),
+        row_gap=max(row_gaps, default=0.0),
         smallest_gradient=min(norms),
         checkpointing_gap=checkpointing,
     )
 
 
-def measure_lora(case: Case) -> MeasuredLora:
-    """Sample all rows in bfloat16 with fresh adapters, replay each step at the batch shape, and take gradients."""
-    policy = policy_of(case, lora=True)
+def measure_lora(case: Case, *, pipeline: Any | None = None) -> MeasuredLora:
+    """Sample all rows in bfloat16 with fresh adapters, replay the first random step at the batch shape without
+    gradients and the last one with them."""
+    policy = policy_of(case, lora=True, pipeline=pipeline)
     gaps = []
     for call in _calls(case, prompts_of(case, torch.bfloat16 if case.half else torch.float32)):
         segment = policy.sample(call).segments["image"]
-        gaps += [_gap(policy, segment, step) for step in _stochastic(segment)]
-    _, gradients = _gradients(policy, segment, _stochastic(segment)[0])
+        first, last = _stochastic(segment)[0], _stochastic(segment)[-1]
+        log_probs, gradients = _gradients(policy, segment, last)
+        gaps += [_apart(segment, log_probs, last), _gap(policy, segment, first)]
     return MeasuredLora(gap=max(gaps), gradient=_norm(gradients), others=sum("lora_" not in name for name in gradients))
+
+
+def measure_both(case: Case) -> tuple[Measured, MeasuredLora]:
+    """Both, over the weights of one instance."""
+    pipeline = build(case)
+    return measure(case, pipeline=copy.copy(pipeline)), measure_lora(case, pipeline=pipeline)

@@ -263,7 +263,7 @@ IMAGES = [
         Z | {"controlnet": lambda: z_control(4 * 2 + 1)},
         columns=CONTROL_IMAGE | IMAGE | MASKED,
     ),
-    Case("HiDreamImagePipeline", FLUX_VAE),
+    Case("HiDreamImagePipeline", FLUX_VAE, attributes={"default_sample_size": 16}),
     Case("BriaFiboPipeline", {"text_encoder": lambda: decoder("SmolLM3", "ForCausalLM", vocab_size=128_001)}),
     Case(
         "Krea2Pipeline",
@@ -315,6 +315,7 @@ IMAGES = [
         "Kandinsky5T2IPipeline",
         half=False,
         components=PROCESSED | {"vae": lambda: image_vae(16, **SHIFTED), "transformer": kandinsky5},
+        attributes={"resolutions": [(32, 32)]},
     ),
     Case("DreamLitePipeline", PROCESSED | {"unet": dream}, rows=1),
     Case(

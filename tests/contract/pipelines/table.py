@@ -26,10 +26,10 @@ HEAD = """# Diffusers pipelines
 Every pipeline class that diffusers {version} exports. *exact* classes were built tiny from their configs and tried by
 `tests/contract/test_pipelines.py`: full fine-tuning in float32, with guidance where the class has it, two rows of
 different prompts: sampled, each step replayed at the rollout's batch shape (no log-prob differs by more than 1e-5) and
-for one row alone, with finite, non-zero gradients in the denoiser, equal ones with gradient checkpointing where the
-class has that; then LoRA in bfloat16, replayed without any difference. *refused* classes raise
-`UnsupportedPipelineError` before anything is loaded. *untried* ones could not be built here; for them, as for any class
-of your own, the check of the replay gap at a run's first rollout decides.
+the last one for one row alone, with finite, non-zero gradients in the denoiser, equal ones with gradient checkpointing
+where the class has that; then LoRA in bfloat16, its first and last noisy steps replayed without any difference.
+*refused* classes raise `UnsupportedPipelineError` before anything is loaded. *untried* ones could not be built; for
+them, as for any class of your own, the check of the replay gap at a run's first rollout decides.
 
 {counts}
 

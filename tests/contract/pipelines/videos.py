@@ -206,7 +206,7 @@ UNIPC = {
 }
 IF_CALL = {"height": 16, "width": 16, "clean_caption": False}
 VIDEOS = [
-    Case("WanPipeline", WAN | UNIPC, LATENT),
+    Case("WanPipeline", WAN | UNIPC, LATENT, note="Wan 2.2's two transformers are trained together"),
     Case("LTXPipeline", LTX, LATENT | {"num_frames": 9}),
     Case("LTXImageToVideoPipeline", LTX, LATENT | {"num_frames": 9}, columns={"image": picture}),
     Case("CogVideoXPipeline", COG, LATENT | {"num_frames": 9, "height": 16, "width": 16}),
@@ -244,6 +244,7 @@ VIDEOS = [
         },
         LATENT | {"num_frames": 2},
         columns={"image": picture},
+        size=16,
         row_tolerance=1e-4,
     ),
     Case("CogVideoXVideoToVideoPipeline", COG, LATENT | {"height": 16, "width": 16}, columns={"video": clip_of}),
