@@ -1,4 +1,5 @@
-"""Under ZeRO-3 every forward gathers weights from all processes: generation of unequal lengths must not part them."""
+"""Under ZeRO-3 every forward gathers weights from all processes: generation of unequal lengths must not part them, nor
+rows with pictures on one process and without on the other."""
 
 import json
 import subprocess
@@ -8,15 +9,24 @@ from pathlib import Path
 REWARD = """
 def reward(prompts, completions, **_):
     return [float(len(str(text))) for text in completions]
+
+
+def rows():
+    from unified_rl.worlds import shapes
+
+    blind = [{"prompt": f"how many {word} are there ?"} for word in ("shapes", "circles")]
+    return [shapes.questions("train", 1)[0], *blind]
 """
 
 
-def test_processes_whose_answers_end_early_wait_for_the_others(tmp_path: Path):
+def test_processes_with_other_rows_and_shorter_answers_wait_for_the_others(tmp_path: Path):
     (tmp_path / "mine.py").write_text(REWARD)
     words = [
         "num_steps=2",
+        # One process has rows with a picture and without, the other one without alone.
         "group_size=2",
-        "prompts_per_step=2",
+        "prompts_per_step=3",
+        f"data.prompts={tmp_path / 'mine.py'}:rows",
         "data.evaluation=null",
         "policy.sampling.max_new_tokens=24",
         "engine.zero_stage=3",

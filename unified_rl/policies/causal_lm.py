@@ -37,7 +37,7 @@ from unified_rl.policies.lora import lora_config, restore_model, select_trained
 from unified_rl.policies.memo import Memo
 from unified_rl.policies.probing import float32_probes, prefill_probe, switched_off
 from unified_rl.policies.savings import recomputing
-from unified_rl.policies.sharded import is_sharded
+from unified_rl.policies.sharded import is_sharded, with_stand_ins
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.teacher_forcing import can_share, plain_logits, shared_logits
 from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds, recorded_tokens, told_tokens
@@ -158,9 +158,12 @@ class CausalLMPolicy:
         generate = self._generate_shared if self.shares_prefill else self._generate_plain
         tokens = torch.full(uniforms.shape, self._inputs.pad_id)
         log_probs = torch.zeros(uniforms.shape)
-        for kind in kinds(inputs):
-            drawn, drawn_log_probs = generate([inputs[row] for row in kind], uniforms[kind], settings)
-            tokens[kind, : drawn.shape[1]], log_probs[kind, : drawn.shape[1]] = drawn, drawn_log_probs
+        every = with_stand_ins(self._active, inputs)
+        draws = torch.cat([uniforms, uniforms[:1].expand(len(every) - len(inputs), -1)])
+        for kind in kinds(every):
+            drawn, drawn_log_probs = generate([every[row] for row in kind], draws[kind], settings)
+            if kind[0] < len(inputs):  # else it was drawn for another process's sake
+                tokens[kind, : drawn.shape[1]], log_probs[kind, : drawn.shape[1]] = drawn, drawn_log_probs
         lengths = self._lengths(tokens)
         rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         known = [row[:length] for row, length in zip(log_probs, lengths, strict=True)]
@@ -243,13 +246,15 @@ class CausalLMPolicy:
         start, stop, _ = steps.indices(num_steps)
         inputs: list[Inputs] = segment.actions["inputs"]  # type: ignore[assignment]
         tokens: list[Tensor] = segment.actions["tokens"]  # type: ignore[assignment]
-        groups = kinds(inputs)
+        every = with_stand_ins(self._active, inputs)
+        groups = kinds(every)
         parts = [
-            self._score([inputs[row] for row in kind], [tokens[row] for row in kind], num_steps) for kind in groups
+            self._score([every[row] for row in kind], [tokens[row % len(tokens)] for row in kind], num_steps)
+            for kind in groups
         ]
         order = torch.tensor([row for kind in groups for row in kind]).argsort().to(self._device)
         log_probs, entropies, states = (
-            None if column[0] is None else torch.cat(column)[order][:, start:stop]
+            None if column[0] is None else torch.cat(column)[order][: len(inputs), start:stop]
             for column in zip(*parts, strict=True)
         )
         assert log_probs is not None
@@ -361,6 +366,7 @@ class CausalLMPolicy:
         states behind them."""
         unique, owner = distinct(rows)
         shared = self.shares_prefill and len(unique) < len(rows) and can_share(self._active)
+        shared = shared and not is_sharded(self._active)  # there all processes must call the model equally often
         with catching(self._active, self._watched) as caught:
             if shared:
                 batch = self._inputs.collate(unique, self._device)

@@ -128,7 +128,8 @@ def _videos(prompt: Prompt) -> list[list[Any]]:
 
 
 def kinds(rows: Sequence[Inputs]) -> list[list[int]]:
-    """Row numbers by kind: rows with the same inputs (with pictures, without) can share a batch.
+    """Row numbers by kind, in an order of kinds that is the same everywhere: rows with the same inputs (with pictures,
+    without) can share a batch.
 
     A model may compute a row without pictures in another way when its batch holds some (cross-attention layers are
     skipped, or attend to padding), so kinds are never mixed: a row's log-prob depends on no other row.
@@ -136,7 +137,7 @@ def kinds(rows: Sequence[Inputs]) -> list[list[int]]:
     found: dict[frozenset[str], list[int]] = {}
     for number, row in enumerate(rows):
         found.setdefault(frozenset(row), []).append(number)
-    return list(found.values())
+    return [found[kind] for kind in sorted(found, key=sorted)]
 
 
 def distinct(rows: Sequence[Inputs]) -> tuple[list[Inputs], list[int]]:
