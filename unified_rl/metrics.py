@@ -19,6 +19,8 @@ class StepMetrics:
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     shares: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Numbers whose denominators are in them already, as in the loss: they are only summed."""
+    seconds: float = 0.0
+    """Of this process's own forwards and backwards."""
     replay_gap: float = 0.0
     gaps: list[float] = field(default_factory=list)
     """The largest replay gap up to each window."""
@@ -53,6 +55,16 @@ def reward_metrics(total: Tensor, breakdown: dict[str, Tensor]) -> dict[str, flo
     for name, values in breakdown.items():
         metrics[f"rewards/{name}/mean"] = float(values.double().nanmean())
     return metrics
+
+
+def slowest(phase: str, seconds: float) -> dict[str, float]:
+    """How much longer the slowest process took for a phase than the mean of all, and which it is; called by every
+    process. Under ZeRO-3, whose processes wait for each other in every forward, all take as long."""
+    if distributed.world_size() == 1:
+        return {}
+    times = distributed.gather_objects([seconds])
+    mean = sum(times) / len(times)
+    return {f"slowest/{phase}": max(times) / mean if mean else 1.0, f"slowest/{phase}_process": times.index(max(times))}
 
 
 def peak_mib() -> float:

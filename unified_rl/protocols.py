@@ -22,13 +22,16 @@ class Policy(Protocol):
     """What the engine trains; parameters with `requires_grad` are the trained ones."""
     steps_per_forward: Mapping[str, int | None]
     """Per segment, the most steps that one forward evaluates; None: all."""
-    max_steps: Mapping[str, int]
-    """Per segment, the most steps that a trajectory can have."""
     version: int
     """Number of optimiser steps taken; the trainer counts it."""
     rollout: int
     """Number of the rollout that is drawn, from 0; the trainer counts it. Settings that change over a training (where
     the noise of a sampling loop goes) are functions of it."""
+
+    @property
+    def max_steps(self) -> Mapping[str, int]:
+        """Per segment, the most steps that a trajectory can have."""
+        ...
 
     def sample(self, prompts: Sequence[Prompt], *, evaluation: bool = False) -> Trajectory:
         """Draw one trajectory per prompt, each from its own seed, without gradients. `evaluation` uses the

@@ -29,7 +29,7 @@ from unified_rl.evaluate import evaluate
 from unified_rl.fitting import fitted_update
 from unified_rl.guard import alarms, exploited
 from unified_rl.methods import plan_windows
-from unified_rl.metrics import peak_mib, reward_metrics
+from unified_rl.metrics import peak_mib, reward_metrics, slowest
 from unified_rl.prepare import Prepared, prepare
 from unified_rl.recall import recall
 from unified_rl.recipe.schema import Recipe
@@ -124,6 +124,7 @@ def collect(parts: Parts, index: int, stop: StopSignal = UNASKED) -> tuple[Rollo
         **rollout.scores.report,
         "time/rollout": rollout.seconds[0] + refilled,
         "time/reward": rollout.seconds[1],
+        **slowest("rollout", rollout.seconds[0]),
         **redrawn,
         **known_bad,
         **known,
@@ -215,7 +216,7 @@ def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: flo
         "time/update": update_seconds,
         "time/total": waited + update_seconds,
         "samples_per_second": share / (waited / recipe.updates_per_rollout + update_seconds) if first else float("nan"),
-        "memory/peak_mib": peak_mib(),
+        "memory/peak_mib": distributed.max_over_ranks([peak_mib()])[0],
     }
     if parts.engine.world_size == 1:
         del complete["comm/bytes"]

@@ -1,12 +1,13 @@
 """One optimiser step: the loss of each window, its backward, and the engine's step. It knows log-probs, masks and
 advantages, and nothing of what a step of the policy is."""
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from unified_rl.metrics import StepMetrics
+from unified_rl.metrics import StepMetrics, slowest
 from unified_rl.objectives import kl as divergence
 from unified_rl.objectives.correction import off_policy_keep
 from unified_rl.objectives.policy_gradient import MAX_LOG_RATIO, clip_fractions, policy_loss
@@ -162,10 +163,12 @@ def accumulate(
     policy: Policy, engine: Engine, windows: list[Window], metrics: StepMetrics, *, first_update: bool
 ) -> None:
     """Add the gradients of all windows up."""
+    started = time.perf_counter()
     for window in windows:
         with engine.window():
             engine.backward(window.loss(policy, window, metrics, first_update=first_update))
         metrics.gaps.append(metrics.replay_gap)
+    metrics.seconds = time.perf_counter() - started
 
 
 def finish(
@@ -181,7 +184,7 @@ def finish(
     judge(seen["replay_gap"], metrics.gaps)
     grad_norm = engine.step()
     policy.version += 1
-    return {**seen, "grad_norm": grad_norm, "lr": lr}
+    return {**seen, **slowest("update", metrics.seconds), "grad_norm": grad_norm, "lr": lr}
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unified_rl.engine import build_engine, distributed
+from unified_rl.metrics import slowest
 from unified_rl.recipe.schema import EngineBlock, Optimizer
 from unified_rl.recipe.snapshot import Ema, Snapshot
 from unified_rl.run_folder import checkpoint
@@ -234,6 +235,7 @@ def helpers() -> dict:
         refused = True
     found["uneven refused"] = distributed.gather_objects([refused])
     found["objects"] = distributed.gather_objects([{"rank": rank, "text": "ü" * rank}] * (rank + 1))
+    found["slowest"] = slowest("update", rank + 1.0)
     found["sum"] = distributed.sum_over_ranks([rank + 1, 2.0**40 + rank])
     found["max"] = distributed.max_over_ranks([-float(rank), float(rank)])
     found["flags"] = [distributed.broadcast_flag(rank == 1), distributed.broadcast_flag(False)]

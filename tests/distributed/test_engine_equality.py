@@ -194,6 +194,7 @@ def test_helpers(results):
     assert found["empty"].shape == (0, 3)
     assert found["uneven refused"] == [True, True]
     assert found["objects"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "ü"}, {"rank": 1, "text": "ü"}]
+    assert found["slowest"] == {"slowest/update": 2 / 1.5, "slowest/update_process": 1}
     assert found["sum"] == [3.0, 2.0**41 + 1]
     assert found["max"] == [0.0, 1.0]
     assert found["flags"] == [True, False]

@@ -55,7 +55,7 @@ class ChainPolicy:
         for name, part in self._parts.items():
             if name not in trained:
                 part.module.requires_grad_(False)
-        self.module = nn.ModuleDict({WRITER: writer.module, DRAWER: drawer.module})
+        self.module: nn.Module = nn.ModuleDict({WRITER: writer.module, DRAWER: drawer.module})
         self.steps_per_forward: Mapping[str, int | None] = {**writer.steps_per_forward, **drawer.steps_per_forward}
 
     @property
