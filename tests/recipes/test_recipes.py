@@ -62,7 +62,7 @@ def rows(folder: Path, file: str) -> list[dict]:
     return [json.loads(line) for line in (folder / file).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *(str(path) for path in (RECIPES / "quickstart").glob("r1_*.yaml"))])
 def test_a_recipe_passes_its_checks(name: str):
     check_recipe(load_recipe(name))
 
