@@ -11,8 +11,8 @@ from families.drawing import BUILDERS, CODES
 from transformers import GenerationConfig
 
 from unified_rl.errors import RecipeError
-from unified_rl.policies.causal_lm import VISION
 from unified_rl.policies.image_tokens import ImageTokensPolicy
+from unified_rl.policies.lora import VISION
 from unified_rl.recipe.policy import Adapter, ImageTokenSampling, PolicyBlock, Think
 from unified_rl.types import Prompt
 

@@ -8,7 +8,6 @@ computed once where the model's cache allows it.
 
 import copy
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -33,7 +32,7 @@ from unified_rl.errors import RecipeError
 from unified_rl.policies.categorical_head import CategoricalHead, processors, score, suppressed_ids
 from unified_rl.policies.frozen_tower import find_towers, remember
 from unified_rl.policies.hidden_states import catching, of_completions
-from unified_rl.policies.lora import lora_config, restore_model, select_trained
+from unified_rl.policies.lora import make_trained, restore_model
 from unified_rl.policies.memo import Memo
 from unified_rl.policies.probing import float32_probes, prefill_probe, switched_off
 from unified_rl.policies.savings import recomputing
@@ -46,7 +45,6 @@ from unified_rl.recipe.policy import PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
 SEGMENT = "text"
-VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder|vqmodel)\.")
 
 
 class CausalLMPolicy:
@@ -93,20 +91,9 @@ class CausalLMPolicy:
         # generate() fills what a call leaves open from the model's own generation config (repetition penalties,
         # top-k...): those would change the distribution behind the recipe's back.
         model.generation_config = GenerationConfig(eos_token_id=self._end_ids, pad_token_id=self._inputs.pad_id)
-        model.requires_grad_(False).eval()
         self.module: Any = model
-        self._reference: nn.Module | None = None
-        if block.adapter.kind == "lora":
-            model.add_adapter(lora_config(model, block.adapter, exclude=VISION))
-        else:
-            if with_reference:
-                self._reference = copy.deepcopy(model)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(block.train is not None or VISION.search(name) is None)
-        select_trained(model, block.train)
+        self._reference = make_trained(model, block, with_reference=with_reference)
         self._checkpointing = block.memory.gradient_checkpointing
-        if self._checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
         memo = Memo()
         for each in (model, *([] if self._reference is None else [self._reference])):
             remember(each, memo)  # a frozen copy's tower has the same weights

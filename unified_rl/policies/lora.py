@@ -1,5 +1,6 @@
 """Low-rank adapters through peft, injected into the module in place (Hu et al. 2021, arXiv 2106.09685)."""
 
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,39 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from unified_rl.errors import RecipeError
-from unified_rl.recipe.policy import Adapter
+from unified_rl.recipe.policy import Adapter, PolicyBlock
 
 _ATTENTION = re.compile(
     r"(?:^|[._])(?:to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"
     r"|q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|qkv|query_key_value|query|key|value|c_attn)$"
 )
+
+VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder|vqmodel)\.")
+"""Parts of language models that stay frozen unless `policy.train` names them."""
+
+
+def make_trained(model: Any, block: PolicyBlock, *, with_reference: bool) -> nn.Module | None:
+    """Say which weights of a transformers model are trained, an adapter's or its own, and whether its forward is
+    recomputed in the backward.
+
+    Returns:
+        A frozen copy of the model as the reference, where it is asked for and switching an adapter off is not enough.
+
+    Raises:
+        RecipeError: if the adapter or the train patterns match nothing.
+    """
+    model.requires_grad_(False).eval()
+    reference = None
+    if block.adapter.kind == "lora":
+        model.add_adapter(lora_config(model, block.adapter, exclude=VISION))
+    else:
+        reference = copy.deepcopy(model) if with_reference else None
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(block.train is not None or VISION.search(name) is None)
+    select_trained(model, block.train)
+    if block.memory.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return reference
 
 
 def target_names(module: nn.Module, adapter: Adapter, exclude: re.Pattern[str] | None = None) -> list[str]:

@@ -4,7 +4,6 @@ Sampling runs diffusers' own loop with a recorded scheduler (`block_head`). A st
 it), and one call of the model evaluates it again, so that scoring joins rows that are in different blocks.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DiffusionGemmaForBlockDiffusion, LogitsProcessorList
 
@@ -20,8 +19,7 @@ from unified_rl.errors import RecipeError, nearest
 from unified_rl.policies.block_denoisers import BlockDenoiser, CanvasBlocks, MaskedBlocks
 from unified_rl.policies.block_head import BlockTape, State
 from unified_rl.policies.categorical_head import processors, score, suppressed_ids
-from unified_rl.policies.causal_lm import VISION
-from unified_rl.policies.lora import lora_config, restore_model, select_trained
+from unified_rl.policies.lora import make_trained, restore_model
 from unified_rl.policies.masked_text_model import load_model
 from unified_rl.policies.probing import float32_probes
 from unified_rl.policies.savings import recomputing
@@ -90,20 +88,9 @@ class MaskedTextPolicy:
         self.max_steps: Mapping[str, int] = {SEGMENT: most}
         self._inputs = TextInputs(tokenizer, self._end_id)  # rows of a batch are equally long, so nothing is padded
         self._suppressed = suppressed_ids(model, tokenizer, [self._end_id])
-        model.requires_grad_(False).eval()
         self.module: Any = model
-        self._reference: nn.Module | None = None
-        if block.adapter.kind == "lora":
-            model.add_adapter(lora_config(model, block.adapter, exclude=VISION))
-        else:
-            if with_reference:
-                self._reference = copy.deepcopy(model)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(block.train is not None or VISION.search(name) is None)
-        select_trained(model, block.train)
+        self._reference = make_trained(model, block, with_reference=with_reference)
         self._checkpointing = block.memory.gradient_checkpointing
-        if self._checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
         self._active: Any = model
 
     @classmethod
