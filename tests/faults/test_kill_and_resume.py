@@ -78,7 +78,7 @@ def run(recipe: str, folder: Path, *more: str, num: int = 1, kill_at_call: int |
 
 def timeless(folder: Path, name: str) -> list[dict]:
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    noise = ("time/", "memory/", "samples_per_second")
+    noise = ("time/", "slowest/", "memory/", "samples_per_second")
     return [{key: value for key, value in row.items() if not key.startswith(noise)} for row in rows]
 
 
