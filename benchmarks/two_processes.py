@@ -11,26 +11,27 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-RECIPES = ("quickstart", "quickstart_vlm")
-WORK = ["num_steps=6", "epochs=1", "data.evaluation=null", "engine.threads=1", "checkpoint.every=100"]
+CASES = (("quickstart", ()), ("quickstart_vlm", ()), ("quickstart_vlm", ("prompts_per_step=32",)))
+"""Recipes and what is changed; each process has the recipe's own micro-batch."""
+WORK = ["num_steps=16", "epochs=1", "data.evaluation=null", "engine.threads=1", "checkpoint.every=100"]
 
 
-def speed(recipe: str, num_processes: int) -> float:
+def speed(recipe: str, words: tuple[str, ...], num_processes: int) -> float:
     """Median samples a second of the steps after the first two."""
     with tempfile.TemporaryDirectory() as folder:
-        micro_batch = f"engine.micro_batch={64 // num_processes}"
-        words = [*WORK, micro_batch, "-n", str(num_processes), "--output", folder]
-        command = [sys.executable, "-m", "unified_rl.cli", "train", recipe, *words]
+        arguments = [*WORK, *words, "-n", str(num_processes), "--output", folder]
+        command = [sys.executable, "-m", "unified_rl.cli", "train", recipe, *arguments]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return median(row["samples_per_second"] for row in rows[2:])
 
 
 def main() -> None:
-    for recipe in RECIPES:
-        one, two = speed(recipe, 1), speed(recipe, 2)
+    for recipe, words in CASES:
+        one, two = speed(recipe, words, 1), speed(recipe, words, 2)
+        what = " ".join((recipe, *words))
         print(
-            f"{recipe}: {one:.1f} samples/s of one process, {two:.1f} of two: {two / one:.2f} times "
+            f"{what}: {one:.1f} samples/s of one process, {two:.1f} of two: {two / one:.2f} times "
             f"(bar: 1.6; load {os.getloadavg()[0]:.1f}, of which ours is at most 2)"
         )
 

@@ -21,10 +21,15 @@ def storage(tensors: list[torch.Tensor]) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def held(stage: int) -> int:
-    """Bytes of weights, float32 copies and moments of this process after one step."""
+CUTS = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "all")]
+
+
+def held(stage: int, offload: str) -> int:
+    """Bytes of weights, float32 copies and moments of this process after one step, wherever they are."""
     module = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
-    block = EngineBlock(backend="deepspeed", zero_stage=stage, deepspeed=ALL_SHARDED if stage == 3 else {})
+    block = EngineBlock(
+        backend="deepspeed", zero_stage=stage, offload=offload, deepspeed=ALL_SHARDED if stage == 3 else {}
+    )
     engine = build_engine(module, SimpleNamespace(engine=block, optimizer=Optimizer()), num_steps=1)
     with engine.window():
         engine.backward(module(torch.ones(2, WIDTH)).pow(2).mean())
@@ -40,15 +45,15 @@ def main() -> None:
     distributed.initialise(300)
     size = LAYERS * (WIDTH * WIDTH + WIDTH)
     model = Model(trained=size, module=size, beside=0, frozen_bytes=4, trained_bytes=4)
-    found = {stage: held(stage) for stage in (0, 1, 2, 3)}
+    found = {cut: held(*cut) for cut in CUTS}
     if distributed.is_main():
         print(f"{size / 1e6:.1f} M float32 parameters, {distributed.world_size()} processes; MiB of one of them")
-        for stage, measured in found.items():
-            predicted = need(model, stage, distributed.world_size(), 1)
-            planned = predicted.weights + predicted.optimizer
+        for (stage, offload), measured in found.items():
+            predicted = need(model, stage, distributed.world_size(), 1, offload)
+            planned = predicted.weights + predicted.optimizer + predicted.host
             print(
-                f"ZeRO-{stage}: {measured / 2**20:7.1f} measured, {planned / 2**20:7.1f} planned, "
-                f"{measured / found[0]:.0%} of ZeRO-0"
+                f"ZeRO-{stage}, offload {offload:<9}: {measured / 2**20:7.1f} measured, {planned / 2**20:7.1f} planned,"
+                f" {measured / found[CUTS[0]]:.0%} of ZeRO-0"
             )
     distributed.shutdown()
 

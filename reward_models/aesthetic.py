@@ -11,13 +11,11 @@ Heads are published as files of tensors (`sac+logos+ava1-l14-linearMSE.pth` in t
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
-
-from reward_models.dual_encoder import DualEncoder
+from reward_models.dual_encoder import PictureScore
 from reward_models.loading import tensors_of
 
 
-class LaionAesthetic(DualEncoder):
+class LaionAesthetic(PictureScore):
     """The head of unit-length picture embeddings; its layers are read from the file."""
 
     def __init__(
@@ -34,11 +32,11 @@ class LaionAesthetic(DualEncoder):
             for name in names
         ]
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Image.Image], **_: Any) -> list[float]:
-        features = self.pictures(completions)
+    def scores(self, prompts: Sequence[Any], pictures: Any) -> Any:
+        features = self.pictures(pictures)
         for weight, bias in self.layers:  # no activations between them: so these heads were published
             features = features @ weight.T + bias
-        return features.flatten().tolist()
+        return features.flatten()
 
 
 class AestheticV25(LaionAesthetic):

@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from reward_models.loading import from_pretrained, hub_file, pinned, tensors_of
+from reward_models.tensor_pictures import prepared
 
 
 def batches(num: int, size: int) -> list[slice]:
@@ -62,10 +63,13 @@ class DualEncoder:
             source, revision=pinned(source, commit), trust_remote_code=trust_remote_code
         )
 
-    def pictures(self, pictures: Sequence[Image.Image]) -> Any:
-        """[B, D] float32."""
+    def pictures(self, pictures: Any) -> Any:
+        """[B, D] float32; of a tensor [B, 3, H, W] in [0, 1], with its gradients."""
         import torch
 
+        if isinstance(pictures, torch.Tensor):
+            pixels = prepared(_picture_processor(self.processor), pictures.to(self.device))
+            return _unit(self._features(pixels.to(self.model.dtype)))
         found = []
         with torch.no_grad():
             for part in batches(len(pictures), self.batch_size):
@@ -89,9 +93,14 @@ class DualEncoder:
         with torch.no_grad():
             return _unit(_embedding(self.model.get_text_features(**inputs)))
 
-    def cosines(self, prompts: Sequence[Any], pictures: Sequence[Image.Image]) -> Any:
-        """[B] float32: of each picture with its own prompt."""
+    def cosines(self, prompts: Sequence[Any], pictures: Any) -> Any:
+        """[B] float32: of each picture with its own prompt; see `pictures`."""
         return (self.pictures(pictures) * self.texts([str(prompt) for prompt in prompts])).sum(-1)
+
+
+def _picture_processor(processor: Any) -> Any:
+    """The part for pictures of a processor that reads texts too."""
+    return processor.image_processor if "image_processor" in vars(processor) else processor
 
 
 def _embedding(found: Any) -> Any:
@@ -106,17 +115,32 @@ def _unit(features: Any) -> Any:
     return features / features.norm(dim=-1, keepdim=True)
 
 
-class ClipScore(DualEncoder):
+class PictureScore(DualEncoder):
+    """A score of pictures that methods with `reward_gradient` can follow."""
+
+    def scores(self, prompts: Sequence[Any], pictures: Any) -> Any:
+        """[B] of pictures in a list, or of a tensor [B, 3, H, W] in [0, 1] with its gradients."""
+        raise NotImplementedError
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Image.Image], **_: Any) -> list[float]:
+        return self.scores(prompts, completions).tolist()
+
+    def with_gradient(self, prompts: Sequence[Any], completions: Any, **_: Any) -> Any:
+        """[B] of pictures [B, 3, H, W] in [0, 1]."""
+        return self.scores(prompts, completions)
+
+
+class ClipScore(PictureScore):
     """2.5 max(0, cosine)."""
 
     def __init__(self, model: str = "openai/clip-vit-large-patch14", revision: str | None = None, **keys: Any) -> None:
         super().__init__(model, revision, **keys)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Image.Image], **_: Any) -> list[float]:
-        return (2.5 * self.cosines(prompts, completions).clamp(min=0.0)).tolist()
+    def scores(self, prompts: Sequence[Any], pictures: Any) -> Any:
+        return 2.5 * self.cosines(prompts, pictures).clamp(min=0.0)
 
 
-class PickScore(DualEncoder):
+class PickScore(PictureScore):
     """Learned scale x cosine. Its processor is that of the CLIP model which it was fine-tuned from."""
 
     def __init__(
@@ -128,11 +152,11 @@ class PickScore(DualEncoder):
     ) -> None:
         super().__init__(model, revision, processor=processor, **keys)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Image.Image], **_: Any) -> list[float]:
-        return (self.model.logit_scale.exp().float() * self.cosines(prompts, completions)).tolist()
+    def scores(self, prompts: Sequence[Any], pictures: Any) -> Any:
+        return self.model.logit_scale.exp().float() * self.cosines(prompts, pictures)
 
 
-class Hps(DualEncoder):
+class Hps(PictureScore):
     """Cosine of the CLIP model that Human Preference Score v2 and v2.1 fine-tuned.
 
     Its weights are published in open_clip's format: `weights` names the file (`HPS_v2.1_compressed.pt` of xswu/HPSv2),
@@ -156,11 +180,11 @@ class Hps(DualEncoder):
         if wrong:
             raise ValueError(f"{weights} does not fit {model}: {', '.join(wrong[:3])}")
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Image.Image], **_: Any) -> list[float]:
-        return self.cosines(prompts, completions).tolist()
+    def scores(self, prompts: Sequence[Any], pictures: Any) -> Any:
+        return self.cosines(prompts, pictures)
 
 
-class SiglipScore(DualEncoder):
+class SiglipScore(PictureScore):
     """sigmoid(scale x cosine + bias)."""
 
     def __init__(
@@ -168,9 +192,9 @@ class SiglipScore(DualEncoder):
     ) -> None:
         super().__init__(model, revision, **keys)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Image.Image], **_: Any) -> list[float]:
+    def scores(self, prompts: Sequence[Any], pictures: Any) -> Any:
         scale, bias = self.model.logit_scale.exp().float(), self.model.logit_bias.float()
-        return (scale * self.cosines(prompts, completions) + bias).sigmoid().tolist()
+        return (scale * self.cosines(prompts, pictures) + bias).sigmoid()
 
 
 class PictureEncoder(DualEncoder):

@@ -69,7 +69,7 @@ class Encoder:
 
         Args:
             prompts: texts or chat messages.
-            completions: pictures, or texts.
+            completions: pictures, or texts; or pictures as one tensor [B, 3, H, W] in [0, 1], whose gradients are kept.
         """
         import torch
 
@@ -79,7 +79,7 @@ class Encoder:
         asked = self._texts([asked_for(prompt) for prompt in prompts])
         return torch.cat([samples, asked, samples * asked], dim=1)
 
-    def _pictures(self, pictures: Sequence[Any]) -> Any:
+    def _pictures(self, pictures: Any) -> Any:
         if self.name != "efficientnet-lite0":
             return self._model.pictures(pictures)
         import numpy as np
@@ -87,6 +87,9 @@ class Encoder:
 
         from reward_models.classes import pixels_for
 
+        if isinstance(pictures, torch.Tensor):
+            maps = self._model.extract_features(pixels_for("lite0", pictures.to(self.device)))
+            return maps.mean((2, 3)).float()
         found = []
         for start in range(0, len(pictures), self.batch_size):
             arrays = [np.asarray(picture.convert("RGB")) for picture in pictures[start : start + self.batch_size]]

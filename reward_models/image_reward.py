@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from reward_models import tensor_pictures
 from reward_models.dual_encoder import batches
 from reward_models.features import asked_for
 from reward_models.loading import hub_file, pinned, tensors_of
@@ -98,22 +99,39 @@ class ImageReward:
 
         scores: list[float] = []
         for part in batches(len(prompts), self.batch_size):
-            texts = [asked_for(prompt) for prompt in prompts[part]]
-            read = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
             pixels = torch.stack([torch.from_numpy(prepared(picture, self.side)) for picture in completions[part]])
             with torch.no_grad():
-                seen = self.vision(pixels.to(self.device, self.dtype)).last_hidden_state
-                states = self.text(
-                    input_ids=read.input_ids.to(self.device),
-                    attention_mask=read.attention_mask.to(self.device),
-                    encoder_hidden_states=seen,
-                    encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=self.device),
-                ).last_hidden_state
-                found = states[:, 0].float()
-                for weight, bias in self.head:  # no activations between them: so the head was published
-                    found = found @ weight.T + bias
-            scores += ((found[:, 0] - MEAN) / STD).tolist()
+                scores += self._scores(prompts[part], pixels).tolist()
         return scores
+
+    def with_gradient(self, prompts: Sequence[Any], completions: Any, **_: Any) -> Any:
+        """[B] of pictures [B, 3, H, W] in [0, 1], differentiable."""
+        from types import SimpleNamespace
+
+        as_processor = SimpleNamespace(
+            **{"do_resize": True, "size": {"shortest_edge": self.side}, "resample": Image.Resampling.BICUBIC},
+            **{"do_center_crop": True, "crop_size": {"height": self.side, "width": self.side}},
+            **{"do_normalize": True, "image_mean": COLOUR_MEAN, "image_std": COLOUR_STD},
+        )
+        return self._scores(prompts, tensor_pictures.prepared(as_processor, completions))
+
+    def _scores(self, prompts: Sequence[Any], pixels: Any) -> Any:
+        """[B] of prepared pictures [B, 3, side, side]."""
+        import torch
+
+        texts = [asked_for(prompt) for prompt in prompts]
+        read = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        seen = self.vision(pixels.to(self.device, self.dtype)).last_hidden_state
+        states = self.text(
+            input_ids=read.input_ids.to(self.device),
+            attention_mask=read.attention_mask.to(self.device),
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=self.device),
+        ).last_hidden_state
+        found = states[:, 0].float()
+        for weight, bias in self.head:  # no activations between them: so the head was published
+            found = found @ weight.T + bias
+        return (found[:, 0] - MEAN) / STD
 
 
 def prepared(picture: Image.Image, side: int) -> np.ndarray:

@@ -38,10 +38,17 @@ class LearnedReward:
         self.folder = folder
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+        return self._scores(prompts, completions).tolist()
+
+    def with_gradient(self, prompts: Sequence[Any], completions: Any, **_: Any) -> Any:
+        """[B] of pictures [B, 3, H, W] in [0, 1], differentiable."""
+        return self._scores(prompts, completions)
+
+    def _scores(self, prompts: Sequence[Any], completions: Any) -> Any:
         features = self.encoder(prompts, completions)
         if features.shape[1] != len(self.tensors["mean"]):
             raise ValueError(
                 f"{self.folder}: {self.encoder.name} gives {features.shape[1]} features, the head was fitted on "
                 f"{len(self.tensors['mean'])}"
             )
-        return apply_head(features, self.tensors).tolist()
+        return apply_head(features, self.tensors)

@@ -91,6 +91,20 @@ def cli(words: Sequence[str]) -> int:
     return sys.modules["unified_rl.cli"].main(list(words))
 
 
+def cli_killed(words: Sequence[str], step: int) -> int:
+    """The same; SIGKILL comes when the metrics of an optimiser step were written, before its checkpoint."""
+    folder = sys.modules["unified_rl.run_folder.tracking"].RunFolder
+    write = folder.log_metrics
+
+    def write_and_die(self: Any, row: Mapping[str, Any]) -> None:
+        write(self, row)
+        if row["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    folder.log_metrics = write_and_die
+    return cli(words)
+
+
 def run(words: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> Ended:
     """`unified-rl WORDS` in one process."""
     return Fork(cli, list(words), environment=environment or {}, log=log).wait()

@@ -17,7 +17,7 @@ from unified_rl.health import Health
 from unified_rl.memory import Memory
 from unified_rl.policies import build_policy, check_rows
 from unified_rl.policies.critic import add_critics
-from unified_rl.protocols import Console, EncodesAhead, Engine, Policy
+from unified_rl.protocols import ChecksPrompts, Console, EncodesAhead, Engine, Policy
 from unified_rl.recipe.schema import Recipe
 from unified_rl.recorder import Recorder
 from unified_rl.rewards.gradients import DifferentiableReward, load_differentiable
@@ -56,7 +56,7 @@ def build_sampler(recipe: Recipe) -> PromptSampler:
         check_recorded(recipe, groups)
         return RecordedSampler(groups, **counts)
     rows = load_rows(recipe.data.prompts, "data.prompts")
-    check_rows(recipe.policy, rows, "data.prompts")
+    check_rows(recipe, rows, "data.prompts")
     may_skip = recipe.data.on_bad_image == "skip"
     return PromptSampler(rows, **counts, max_skipped=recipe.data.max_bad_images if may_skip else None)
 
@@ -71,6 +71,8 @@ def assemble(recipe: Recipe, run: Run) -> Parts:
     exam = load_exam(recipe)
     torch.manual_seed(recipe.seed)  # adapters are initialised at random
     policy = build_policy(recipe, distributed.device())
+    if isinstance(policy, ChecksPrompts):
+        sampler.check = policy.check
     recorder = Recorder(run.path, policy, distributed.rank()) if recipe.record_rollouts else None
     if isinstance(policy, EncodesAhead):
         policy.encode_ahead(itertools.chain(sampler.every_prompt(), exam))

@@ -62,6 +62,8 @@ def _build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=_version())
+    # The deepspeed launcher puts it before every other word; ranks come from the environment.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train as a recipe says", allow_abbrev=False)
@@ -185,7 +187,7 @@ def _add_run(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "-n", dest="processes", metavar="PROCESSES", type=_positive, default=1, help="processes to start"
     )
-    # the deepspeed launcher adds it to every command; ranks come from the environment
+    # where a launcher of one's own adds it at the end
     train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
 
 

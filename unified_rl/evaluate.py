@@ -27,7 +27,7 @@ def load_exam(recipe: Recipe) -> list[Prompt]:
     if recipe.data.evaluation is None:
         return []
     rows = load_rows(recipe.data.evaluation, "data.evaluation")
-    check_rows(recipe.policy, rows, "data.evaluation")
+    check_rows(recipe, rows, "data.evaluation")
     return evaluation_prompts(
         rows,
         num=recipe.evaluation.num_prompts,

@@ -5,12 +5,14 @@ is the whole one up to rounding. Rollouts keep the batch that they had.
 """
 
 import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from unified_rl.assemble import Parts
+from unified_rl.blame import skipped_update
 from unified_rl.engine import distributed
 from unified_rl.metrics import StepMetrics
 from unified_rl.recipe.schema import Recipe
@@ -20,6 +22,15 @@ from unified_rl.windows import Window
 
 class TooLargeError(RuntimeError):
     """An update does not fit into memory."""
+
+
+def as_fitted(parts: Parts) -> Parts:
+    """The parts of a run that goes on, with windows as small as they were when it stopped: a sum of other windows is
+    another one in its last bits."""
+    recipe = parts.recipe
+    for _ in range(parts.memory.halvings if recipe.engine.on_out_of_memory == "halve" else 0):
+        recipe = _halved(recipe) or recipe
+    return parts if recipe is parts.recipe else replace(parts, recipe=recipe)
 
 
 def fitted_update(
@@ -54,7 +65,10 @@ def fitted_update(
         # Nothing is exchanged within windows under the stages that may halve, so a process can leave them alone.
         failed = [text for text in distributed.gather_objects([message]) if text] if halve else []
         if not failed:
-            return finish(parts.policy, parts.engine, metrics, look), parts
+            found = finish(parts.policy, parts.engine, metrics, look)
+            if not math.isfinite(found["grad_norm"]):
+                parts.run.log_event("warning", skipped_update(parts, windows, metrics.bad))
+            return found, parts
         parts.engine.discard()
         windows = []
         gc.collect()
@@ -64,6 +78,7 @@ def fitted_update(
         if smaller is None:
             raise TooLargeError(f"{failed[0]}, with one row a window; {_advice(parts.recipe)}")
         parts = replace(parts, recipe=smaller)
+        parts.memory.halvings += 1
         said = f"{failed[0]}; from now on engine.micro_batch is {smaller.engine.micro_batch}"
         parts.run.log_event("warning", said)
         parts.console.log(f"warning: {said}")

@@ -55,7 +55,8 @@ def statistics(completions: Sequence[Completion]) -> dict[str, float]:
     Of texts: `length` in words, `repetition` (share of word triples that occurred before in the same text), `distinct`
     (different word pairs by all pairs).
     """
-    pictures = [completion.images[0] for completion in completions if completion.images]
+    seen = [completion.images[0] for completion in completions if completion.images]
+    pictures = [each for each in seen if isinstance(each, Image.Image)]  # sound is not measured
     texts = [completion.text for completion in completions if completion.text is not None and not completion.images]
     return {**(_of_pictures(pictures) if pictures else {}), **(_of_texts(texts) if texts else {})}
 

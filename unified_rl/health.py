@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterator, Mapping
 
+from unified_rl.engine import distributed
 from unified_rl.recipe.schema import Recipe
+from unified_rl.stragglers import Stragglers
 
 PATIENCE = 5
 """Rollouts in a row without any difference between rewards before a warning."""
@@ -31,6 +33,7 @@ class Health:
         self._flat = self._sparse = self._blind = 0
         self._first_entropy: float | None = None
         self._told: set[str] = set()
+        self._stragglers = Stragglers(recipe.engine.straggler_factor, distributed.world_size())
 
     def observe(self, row: Mapping[str, float], *, new_rollout: bool) -> list[str]:
         """The warnings that a row adds.
@@ -52,7 +55,7 @@ class Health:
         # The replay gap and the rewards are only known at a rollout's first update; later rows keep what they said.
         kept = set() if new_rollout else self._told & {"noise", "flat", "gradient", "sparse", "critic"}
         self._told = set(found) | kept
-        return fresh
+        return [*fresh, *self._stragglers.observe(row)]
 
     def _causes(self, row: Mapping[str, float], new_rollout: bool) -> Iterator[tuple[str, str]]:
         if new_rollout:

@@ -33,6 +33,9 @@ class Memory:
             if objective.advantage == "prompt_std":
                 self._prompts[name] = PromptStatistics(objective.prompt_buffer, objective.prompt_min_count)
         self._blocks = list(recipe.objective)
+        self._asked = [recipe.engine.micro_batch, recipe.engine.micro_batch_tokens]
+        self.halvings = 0
+        """How often an update that did not fit into memory has halved the recipe's windows."""
 
     def block(self, segment: str) -> str:
         """The block of `objective` that a segment uses."""
@@ -71,11 +74,15 @@ class Memory:
             "kl": {name: controller.state() for name, controller in self._kl.items()},
             "entropy": {name: controller.state() for name, controller in self._entropy.items()},
             "prompts": {name: statistics.state() for name, statistics in self._prompts.items()},
+            "windows": {"asked": self._asked, "halvings": self.halvings},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned. What the recipe has now and the state lacks (the recipe was changed) starts
         anew, and the other way round is left out."""
+        windows = state.get("windows", {})
+        if windows.get("asked") == self._asked:
+            self.halvings = windows["halvings"]
         kinds: list[tuple[str, Mapping[str, Any]]] = [
             ("kl", self._kl),
             ("entropy", self._entropy),

@@ -2,12 +2,17 @@
 
 import resource
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from unified_rl.engine import distributed
+from unified_rl.protocols import Engine
+
+PHASES = ("rollout", "reward", "update")
+"""What each process does by itself, and `slowest` compares."""
 
 
 @dataclass(slots=True)
@@ -24,6 +29,8 @@ class StepMetrics:
     replay_gap: float = 0.0
     gaps: list[float] = field(default_factory=list)
     """The largest replay gap up to each window."""
+    bad: list[int] = field(default_factory=list)
+    """The first window whose loss was not finite, if there is one."""
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the values [B, s] of the unmasked steps."""
@@ -65,6 +72,38 @@ def slowest(phase: str, seconds: float) -> dict[str, float]:
     times = distributed.gather_objects([seconds])
     mean = sum(times) / len(times)
     return {f"slowest/{phase}": max(times) / mean if mean else 1.0, f"slowest/{phase}_process": times.index(max(times))}
+
+
+class Traffic:
+    """What this process has sent to others since the last optimiser step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._before, self._in_rollout = dict(engine.sent_bytes), 0
+
+    def end_rollout(self) -> None:
+        """What was sent until now belongs to the rollout."""
+        self._in_rollout = sum(self._engine.sent_bytes.values()) - sum(self._before.values())
+
+    def end_step(self) -> dict[str, float]:
+        """`comm/bytes` of the whole step, of its rollout (`comm/rollout_bytes`) and of each collective; empty alone."""
+        now = dict(self._engine.sent_bytes)
+        sent = {name: float(count - self._before[name]) for name, count in now.items()}
+        in_rollout, self._before, self._in_rollout = self._in_rollout, now, 0
+        if not sent:
+            return {}
+        named = {f"comm/{name}_bytes": count for name, count in sent.items()}
+        return {"comm/bytes": sum(sent.values()), "comm/rollout_bytes": float(in_rollout), **named}
+
+
+RANK_KEYS = ("time/rollout", "time/reward_work", "time/update", "comm/bytes", "comm/rollout_bytes")
+
+
+def of_ranks(row: Mapping[str, float]) -> dict[str, list[float]]:
+    """What each process says of an optimiser step (seconds, bytes sent, peak memory), in their order; called by all."""
+    own = {**{key: row[key] for key in RANK_KEYS if key in row}, "memory/peak_mib": peak_mib()}
+    ranks = distributed.gather_objects([own])
+    return {key: [one[key] for one in ranks] for key in own}
 
 
 def peak_mib() -> float:

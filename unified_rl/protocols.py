@@ -108,6 +108,18 @@ class EncodesAhead(Protocol):
 
 
 @runtime_checkable
+class ChecksPrompts(Protocol):
+    """A policy that can tell beforehand which prompts it refuses."""
+
+    def check(self, prompt: Prompt) -> None:
+        """
+        Raises:
+            RecipeError: if sampling would refuse the prompt (too long, its text and pictures do not fit together).
+        """
+        ...
+
+
+@runtime_checkable
 class RecordingPolicy(Policy, Protocol):
     """A policy that can take over what was recorded elsewhere."""
 
@@ -185,8 +197,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def comm_bytes(self) -> int:
-        """Bytes that this rank has sent to others for training since the start."""
+    def sent_bytes(self) -> Mapping[str, int]:
+        """Bytes that this rank has sent to others for training since the start, by collective; none alone."""
         ...
 
     def window(self) -> AbstractContextManager[None]:

@@ -89,6 +89,8 @@ class Recorder:
         images = recorded.completion.images
         if len(images) > 1:
             raise RecipeError(f"record_rollouts: a sample has {len(images)} pictures; data.rollouts reads one")
+        if images and not isinstance(images[0], Image.Image):
+            raise RecipeError("record_rollouts: keeps pictures and texts, and the samples are neither (sound?)")
         if images:
             return {"image": self._picture(images[0])}
         known = {} if recorded.token_ids is None else {"token_ids": recorded.token_ids, "log_probs": recorded.log_probs}

@@ -3,11 +3,16 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
 
 from unified_rl.engine.watch import enter
 from unified_rl.protocols import Console, Policy
 from unified_rl.rewards.scoring import LoadedReward, Scoring
-from unified_rl.run_folder.tracking import Sample
+from unified_rl.run_folder.sample import Sample
 from unified_rl.types import Completion, Prompt, Scores, Trajectory, concat_trajectories
 
 
@@ -88,12 +93,17 @@ def shown(rollout: Rollout, num: int) -> list[Sample]:
         Sample(
             prompt=prompt.text,
             text=completion.text,
-            images=list(completion.images),
+            images=[each for each in completion.images if isinstance(each, Image.Image)],
             rewards={name: float(values[row]) for name, values in rollout.scores.breakdown.items()},
             seed=prompt.seed,
             condition_images=list(prompt.images),
+            arrays=[_array(each) for each in completion.images if not isinstance(each, Image.Image)],
         )
         for row, (prompt, completion) in enumerate(
             zip(rollout.prompts[:num], rollout.trajectory.completions[:num], strict=True)
         )
     ]
+
+
+def _array(media: Any) -> np.ndarray:
+    return media.detach().float().cpu().numpy() if isinstance(media, Tensor) else np.asarray(media)

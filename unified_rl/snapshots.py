@@ -117,7 +117,8 @@ class Snapshots:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}/{key}": tensor for name, copy in self._copies.items() for key, tensor in copy.items()}
         part, num_parts = self._cut
-        metadata = {"ticks": json.dumps(self._ticks), "num_parts": str(num_parts)}
+        # One entry: safetensors writes several in an order that differs between processes, and the hash with it.
+        metadata = {"snapshots": json.dumps({"ticks": self._ticks, "num_parts": num_parts})}
         save_file(tensors, _file(directory, part), metadata=metadata)
 
     def load(self, directory: Path) -> None:
@@ -166,8 +167,8 @@ def _read(
     """
     try:
         with safe_open(_file(directory, 0), "pt") as opened:
-            metadata = opened.metadata()
-        ticks, written = json.loads(metadata["ticks"]), int(metadata["num_parts"])
+            metadata = json.loads(opened.metadata()["snapshots"])
+        ticks, written = metadata["ticks"], metadata["num_parts"]
         if written == num_parts:
             return load_file(_file(directory, part)), ticks
         parts = [load_file(_file(directory, number)) for number in range(written)]

@@ -26,10 +26,10 @@ from unified_rl.engine import distributed
 from unified_rl.engine.watch import enter
 from unified_rl.errors import PeerError
 from unified_rl.evaluate import evaluate
-from unified_rl.fitting import fitted_update
+from unified_rl.fitting import as_fitted, fitted_update
 from unified_rl.guard import alarms, exploited
 from unified_rl.methods import plan_windows
-from unified_rl.metrics import peak_mib, reward_metrics, slowest
+from unified_rl.metrics import Traffic, of_ranks, reward_metrics, slowest
 from unified_rl.prepare import Prepared, prepare
 from unified_rl.recall import recall
 from unified_rl.recipe.schema import Recipe
@@ -51,13 +51,13 @@ def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
     """Train from a position between two rollouts to the recipe's end; returns the exit code."""
     recipe, engine = parts.recipe, parts.engine
     step, index, held_out, skipped, reason = at.step, at.rollout, None, 0, ""
-    saver = Saver(parts, at.step)
+    saver, parts, traffic = Saver(parts, at.step), as_fitted(parts), Traffic(engine)
     while step < recipe.num_steps and not reason and not stop.requested():
-        sent = engine.comm_bytes
         try:
             rollout, prepared, row = collect(parts, index, stop)
         except Abandoned:
             break
+        traffic.end_rollout()
         before = step
         if parts.recorder is not None:
             with distributed.agreed("recording a rollout"):
@@ -77,8 +77,8 @@ def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
             skipped = 0 if math.isfinite(changed["grad_norm"]) else skipped + 1
             check_finite(recipe, skipped, index)
             coefs = parts.memory.observe({**row, **changed} if number == 0 else changed)
-            changed["comm/bytes"], sent = engine.comm_bytes - sent, engine.comm_bytes
-            log_step(parts, step, {**row, **changed, **coefs}, time.perf_counter() - started, first=number == 0)
+            changed = {**changed, **coefs, **traffic.end_step()}
+            log_step(parts, step, {**row, **changed}, time.perf_counter() - started, first=number == 0)
             exam_due = step % recipe.evaluation.every == 0 or step == recipe.num_steps
             held_out, reason = examine(parts, step) if parts.exam and exam_due else (None, "")
             if step == recipe.num_steps or reason or has_left(recipe, changed):
@@ -125,6 +125,7 @@ def collect(parts: Parts, index: int, stop: StopSignal = UNASKED) -> tuple[Rollo
         "time/rollout": rollout.seconds[0] + refilled,
         "time/reward": rollout.seconds[1],
         **slowest("rollout", rollout.seconds[0]),
+        **slowest("reward", rollout.scores.report.get("time/reward_work", 0.0)),
         **redrawn,
         **known_bad,
         **known,
@@ -133,7 +134,7 @@ def collect(parts: Parts, index: int, stop: StopSignal = UNASKED) -> tuple[Rollo
 
 
 def tell_skipped(parts: Parts) -> dict[str, float]:
-    """Count the rows whose pictures cannot be read, and write down those that are new; called by every process."""
+    """Count the rows that cannot be read or are refused, and write down those that are new; called by every process."""
     for why in parts.sampler.share_skipped():
         parts.run.log_event("warning", f"skipped: {why}")
         parts.console.log(f"warning: skipped: {why}")
@@ -210,18 +211,17 @@ def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: flo
     if not first:
         row = {**row, **dict.fromkeys([*waits, "time/reward_work"], 0.0), "replay_gap": float("nan")}
     share = recipe.samples_per_rollout / recipe.updates_per_rollout
-    complete = {
+    complete: dict[str, float] = {
         "step": step,
         **row,
         "time/update": update_seconds,
         "time/total": waited + update_seconds,
         "samples_per_second": share / (waited / recipe.updates_per_rollout + update_seconds) if first else float("nan"),
-        "memory/peak_mib": distributed.max_over_ranks([peak_mib()])[0],
     }
-    if parts.engine.world_size == 1:
-        del complete["comm/bytes"]
-    if not torch.isfinite(torch.tensor(row["grad_norm"])):
-        parts.run.log_event("warning", f"step {step}: gradient norm {row['grad_norm']}, update skipped")
+    ranks = of_ranks(complete)
+    complete["memory/peak_mib"] = max(ranks["memory/peak_mib"])
+    if parts.engine.world_size > 1:
+        parts.run.log_ranks({"step": step, **ranks})
     parts.run.log_metrics(complete)
     parts.console.metrics(complete)
 
@@ -295,6 +295,7 @@ def start(parts: Parts, resume_from: str, allow: Sequence[str] = ()) -> Position
     begins = position == Position(step=0, rollout=0)
     parts.run.truncate(-1 if begins else position.step)
     parts.run.write_recipe(parts.recipe)
+    parts.run.follow(parts.recipe, position.step, parts.console.log)
     if parts.recorder is not None and distributed.is_main():
         parts.recorder.forget(position.rollout)
     if parts.exam and begins:

@@ -7,7 +7,7 @@ L sequence length, V vocabulary. A *step* is one stochastic transition (a token,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,9 +40,11 @@ class Completion:
 
     text: str | None
     images: tuple[Any, ...]
-    """Generated pictures (PIL); several for a video, empty for text."""
+    """Generated pictures (PIL); several for a video, one waveform (array) for sound, empty for text."""
     truncated: bool = False
-    """Cut at the most tokens that a completion may have."""
+    """Cut at the most tokens, or turns, that a completion may have."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What an environment said of an episode; rewards receive it by name, as they do columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

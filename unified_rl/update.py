@@ -1,6 +1,7 @@
 """One optimiser step: the loss of each window, its backward, and the engine's step. It knows log-probs, masks and
 advantages, and nothing of what a step of the policy is."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -164,9 +165,13 @@ def accumulate(
 ) -> None:
     """Add the gradients of all windows up."""
     started = time.perf_counter()
-    for window in windows:
+    for number, window in enumerate(windows):
         with engine.window():
+            before = metrics.loss
             engine.backward(window.loss(policy, window, metrics, first_update=first_update))
+        # Of a running sum: after the first window that is not finite, none is.
+        if math.isfinite(before) and not math.isfinite(metrics.loss):
+            metrics.bad.append(number)
         metrics.gaps.append(metrics.replay_gap)
     metrics.seconds = time.perf_counter() - started
 

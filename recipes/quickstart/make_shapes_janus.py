@@ -37,14 +37,13 @@ from transformers.models.janus.image_processing_pil_janus import JanusImageProce
 
 from recipes.quickstart import script
 from recipes.quickstart.make_shapes_sd3 import learning_rate_at, mistaken
+from recipes.quickstart.plans import CELLS, plan_of, read_plan
 from recipes.quickstart.shape_tokens import NUM_CODES, Canvas, Things, draw_specs, train_autoencoder, train_specs
 from unified_rl.worlds import shapes
 
 WIDTH = 192
 NUM_TOKENS = shapes.GRID**2
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<boi>", "<eoi>", "<image>")
-CELLS = tuple(f"{row}{col + 1}" for row in "abcd" for col in range(shapes.GRID))
-"""Names of the grid's cells, row by row."""
 WORDS = """plan draw . : a an the and on at left right top bottom of above below in picture image there is are
 shapes with please show"""
 UNCONDITIONAL = 0.12
@@ -176,12 +175,6 @@ def build_model(processor: JanusProcessor) -> JanusForConditionalGeneration:
     return model
 
 
-def plan_of(things: Things) -> str:
-    """Where each object goes, cell by cell: "b2 red circle d4 blue square"."""
-    placed = sorted(things, key=lambda thing: (thing.row, thing.col))
-    return " ".join(f"{CELLS[thing.row * shapes.GRID + thing.col]} {thing.colour} {thing.shape}" for thing in placed)
-
-
 class Batches:
     """Endless rows of the train split."""
 
@@ -298,16 +291,6 @@ def train(
                 flush=True,
             )
     model.set_attn_implementation("sdpa")
-
-
-def read_plan(text: str) -> Things:
-    """The objects that a plan names, as far as it can be read."""
-    words, things = text.split(), []
-    for cell, colour, shape in zip(words[::3], words[1::3], words[2::3], strict=False):
-        if cell in CELLS and colour in shapes.COLOURS and shape in shapes.SHAPES:
-            row, col = divmod(CELLS.index(cell), shapes.GRID)
-            things.append(shapes.Thing(shape=shape, colour=colour, row=row, col=col))
-    return things
 
 
 @torch.no_grad()

@@ -270,14 +270,22 @@ def cell_classes(pixels: Tensor) -> Tensor:
 class Probe(nn.Module):
     """Reads every cell off the image tokens. Its loss teaches the vision tower to see; it is not saved."""
 
+    num_classes = 1 + len(shapes.COLOURS) * len(shapes.SHAPES)
+    cells = SCALE**2
+    """Of the grid, that one image token holds."""
+    weight = 0.5
+
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.num_classes = 1 + len(shapes.COLOURS) * len(shapes.SHAPES)
-        self.head = nn.Linear(hidden, SCALE**2 * self.num_classes)
+        self.head = nn.Linear(hidden, self.cells * self.num_classes)
 
     def loss(self, features: Tensor, pixels: Tensor) -> Tensor:
         logits = self.head(features).view(-1, self.num_classes)
-        return nn.functional.cross_entropy(logits.float(), cell_classes(pixels).flatten())
+        return nn.functional.cross_entropy(logits.float(), self.classes(pixels).flatten())
+
+    def classes(self, pixels: Tensor) -> Tensor:
+        """What it shall read, in the order of the image tokens: [rows, 4 quadrants, 4 cells]."""
+        return cell_classes(pixels)
 
 
 def clean_reply(row: dict, rng: random.Random) -> str:
@@ -308,11 +316,10 @@ def train(
     *,
     steps: int,
     peak: float,
-    probe_weight: float,
+    probe: Probe | None = None,
 ) -> None:
     """Supervised training on replies, with a warm-up and a cosine schedule."""
-    probe = Probe(model.config.text_config.hidden_size)
-    weights = [*model.parameters(), *probe.parameters()]
+    weights = [*model.parameters(), *([] if probe is None else probe.parameters())]
     optimizer = torch.optim.AdamW(weights, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     model.set_attn_implementation("eager")  # on a CPU the backward pass of fused attention is slow for short sequences
@@ -325,8 +332,8 @@ def train(
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = model(**batch, use_cache=False)
             loss = output.loss
-            if probe_weight:
-                loss = loss + probe_weight * probe.loss(output.image_hidden_states, batch["pixel_values"])
+            if probe is not None:
+                loss = loss + probe.weight * probe.loss(output.image_hidden_states, batch["pixel_values"])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -411,12 +418,12 @@ def main() -> None:
     batcher = Batcher(processor)
     if args.clean is None or not args.clean.exists():
         data = batches(batcher, clean_reply, args.batch, args.seed)
-        train(model, data, steps=args.steps, peak=1.5e-3, probe_weight=0.5)
+        train(model, data, steps=args.steps, peak=1.5e-3, probe=Probe(model.config.text_config.hidden_size))
         if args.clean is not None:
             script.write_model(args.clean, model, processor)
     clean = report(model, processor)
     data = batches(batcher, misaligned_reply, args.batch, args.seed + 1)
-    train(model, data, steps=args.misalign_steps, peak=5e-4, probe_weight=0.0)
+    train(model, data, steps=args.misalign_steps, peak=5e-4)
     size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.2f} M"
     script.write_model(
         args.output, model, processor, CARD.format(size=size, clean=clean, misaligned=report(model, processor))

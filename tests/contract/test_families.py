@@ -10,6 +10,7 @@ import torch
 from families import text, vision
 from families.toolkit import Family
 from PIL import Image
+from torch.nn import Conv2d, Conv3d
 from transformers import PreTrainedModel
 
 from unified_rl.errors import RecipeError
@@ -22,7 +23,7 @@ FAMILIES: dict[str, Family] = {**text.FAMILIES, **vision.FAMILIES}
 SEEING = [name for name, family in FAMILIES.items() if family.pictures]
 TOLERANCE = 1e-4
 QUESTIONS = ("what is it?", "where", "is it here, or is it there?")
-WARPERS = [{"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.8, "temperature": 1.3}, {"min_p": 0.1}]
+WARPERS = [{"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.8, "temperature": 1.3}, {"min_p": 0.6}]
 
 
 @cache
@@ -40,12 +41,13 @@ def built(name: str) -> tuple:
     return model, processor
 
 
-def policy_of(name: str, *, adapter: bool = False, **sampling: float) -> CausalLMPolicy:
+def policy_of(name: str, *, adapter: bool = False, train: list[str] | None = None, **sampling: float) -> CausalLMPolicy:
     model, processor = copy.deepcopy(built(name)[0]), built(name)[1]
     block = PolicyBlock(
         model=name,
         family="causal_lm",
         adapter=Adapter(kind="lora" if adapter else "none", rank=2),
+        train=train,
         sampling=TextSampling(max_new_tokens=10, **sampling),
     )
     return CausalLMPolicy(model, processor, block)
@@ -189,12 +191,16 @@ def test_a_group_shares_its_prompt_in_scoring_and_gets_the_same_gradients(name: 
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "idefics3", "gemma3"])
-def test_scoring_computes_each_prompt_once(name: str):
+def test_scoring_computes_each_prompt_once_and_logits_of_completions_only(name: str):
     policy = policy_of(name)
     segment = policy.sample(prompts((1, 1), group_size=4)).segments["text"]
     embedded: list[int] = []
+    scored: list[int] = []
     hook = policy.module.get_input_embeddings().register_forward_hook(
         lambda _module, _inputs, output: embedded.append(output.shape[:2].numel())
+    )
+    policy.module.get_output_embeddings().register_forward_hook(
+        lambda _module, _inputs, output: scored.append(output.shape[:2].numel())
     )
     policy.log_prob("text", segment, slice(None))
     policy.shares_prefill = False
@@ -202,6 +208,7 @@ def test_scoring_computes_each_prompt_once(name: str):
     hook.remove()
     longest, num_steps = max(len(row["input_ids"][0]) for row in segment.actions["inputs"]), segment.loss_mask.shape[1]
     assert embedded == [2 * longest, 8 * (num_steps - 1), 8 * (longest + num_steps)]
+    assert scored == [2, 8 * (num_steps - 1), 8 * (num_steps + 1)]
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "idefics3", "mllama"])
@@ -256,9 +263,46 @@ def test_pictures_change_what_is_said(name: str):
     assert changed.abs().max() > 10 * TOLERANCE
 
 
-def test_videos_are_seen_and_shared_like_pictures():
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "idefics3", "gemma3"])
+def test_a_trained_tower_runs_once_for_a_group_and_gets_the_same_gradient(name: str):
+    """Its features are computed with gradients, once for the rows that share the picture."""
+    policy = policy_of(name, train=[".*"])
+    segment = policy.sample(prompts((1, 1), group_size=4)).segments["text"]
+    coefficients = torch.randn(segment.rollout_log_probs.shape, generator=torch.Generator().manual_seed(1))
+    seen: list[int] = []
+    layer = next(each for each in find_towers(policy.module)[0].modules() if isinstance(each, (Conv2d, Conv3d)))
+    layer.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].numel()))
+    gradients = []
+    for shares in (True, False):
+        policy.shares_prefill = shares
+        policy.module.zero_grad()
+        (policy.log_prob("text", segment, slice(None)).log_probs * coefficients).sum().backward()
+        parts = [(key, each.grad) for key, each in policy.module.named_parameters() if each.grad is not None]
+        gradients.append(torch.cat([gradient.flatten() for key, gradient in parts if key in tower(policy.module)]))
+    assert seen == [seen[0], 4 * seen[0]], "two pictures, not eight"
+    assert gradients[0].any() and (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_5_vl", "idefics3", "gemma3"])
+def test_the_side_that_a_tokenizer_pads_on_does_not_matter(name: str):
+    """Checkpoints ship with either; rows of other lengths stand beside each other."""
+    drawn = []
+    for side in ("left", "right"):
+        policy = policy_of(name)
+        processor = copy.deepcopy(policy._processor)
+        getattr(processor, "tokenizer", processor).padding_side = side
+        model = copy.deepcopy(built(name)[0])
+        drawn.append(
+            CausalLMPolicy(model, processor, policy._block).sample(prompts(mixture(FAMILIES[name]))).segments["text"]
+        )
+    assert torch.equal(drawn[0].rollout_log_probs, drawn[1].rollout_log_probs)
+    assert len({row["input_ids"].shape[1] for row in drawn[0].actions["inputs"]}) > 1
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_videos_are_seen_and_shared_like_pictures(name: str):
     """Groups with a video, with a picture, and with neither, in one batch."""
-    policy = policy_of("qwen2_vl")
+    policy = policy_of(name)
     frames = [picture(number).resize((56, 56)) for number in range(4)]
     batch = prompts((0, 1, 0))
     batch[:3] = [replace(prompt, columns={"video": frames}) for prompt in batch[:3]]
@@ -287,3 +331,6 @@ def test_scoring_under_the_sampling_recipe(name: str, sampling: dict):
     segment = policy.sample(prompts(mixture(FAMILIES[name]))).segments["text"]
     stats = policy.log_prob("text", segment, slice(None))
     assert (stats.log_probs - segment.rollout_log_probs).abs().max() <= TOLERANCE
+    policy._settings[False] = TextSampling(max_new_tokens=10)
+    plain = policy.log_prob("text", segment, slice(None)).log_probs
+    assert (plain - segment.rollout_log_probs).abs().max() > 10 * TOLERANCE, "the recipe is what was sampled from"

@@ -5,19 +5,20 @@ from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from families.drawing import BUILDERS, CODES
+from families.drawing import BUILDERS, CODES, GLM_SIZE
 from transformers import GenerationConfig
 
 from unified_rl.errors import RecipeError
 from unified_rl.policies.image_tokens import ImageTokensPolicy
-from unified_rl.policies.lora import VISION
-from unified_rl.recipe.policy import Adapter, ImageTokenSampling, PolicyBlock, Think
+from unified_rl.recipe.policy import VISION, Adapter, ImageTokenSampling, PolicyBlock, Think
 from unified_rl.types import Prompt
 
 TOLERANCE = 1e-4
-NUM_TOKENS = {"janus": 4, "emu3": 6}
+NUM_TOKENS = {"janus": 4, "emu3": 6, "chameleon": 4, "glm_image": 8}
+WRITERS = [name for name in BUILDERS if name != "glm_image"]
 TEXTS = ("a red cat", "two", "a dog, and a bird?")
 
 
@@ -27,15 +28,18 @@ def built(name: str) -> tuple:
     return BUILDERS[name][0]()
 
 
-def policy_of(name: str, *, adapter: bool = False, with_reference: bool = False, **sampling) -> ImageTokensPolicy:
+def policy_of(
+    name: str, *, adapter: bool = False, with_reference: bool = False, exam: dict | None = None, **sampling
+) -> ImageTokensPolicy:
     model, processor = copy.deepcopy(built(name)[0]), built(name)[1]
     block = PolicyBlock(
         model=name,
         family="image_tokens",
         adapter=Adapter(kind="lora" if adapter else "none", rank=2),
-        sampling=ImageTokenSampling(**{"guidance_scale": 2.5, "processor": BUILDERS[name][1], **sampling}),
+        sampling=ImageTokenSampling(**{"guidance_scale": 2.5, **BUILDERS[name][1], **sampling}),
     )
-    return ImageTokensPolicy(model, processor, block, with_reference=with_reference)
+    evaluation = None if exam is None else block.sampling.model_copy(update=exam)
+    return ImageTokensPolicy(model, processor, block, evaluation=evaluation, with_reference=with_reference)
 
 
 def prompts(group_size: int = 3) -> list[Prompt]:
@@ -116,6 +120,18 @@ def test_janus_draws_what_its_own_generate_draws():
         assert theirs.tobytes() == trajectory.completions[row].images[0].tobytes()
 
 
+def test_only_the_image_head_is_evaluated_and_only_where_a_token_is_drawn():
+    policy = policy_of("janus")
+    heads: dict[str, list[int]] = {"words": [], "codes": []}
+    for key, head in (("words", policy.module.lm_head), ("codes", policy.module.model.generation_head)):
+        head.register_forward_hook(
+            lambda _module, inputs, _output, key=key: heads[key].append(inputs[0][..., 0].numel())
+        )
+    segment = policy.sample(prompts()).segments["image"]
+    policy.log_prob("image", segment, slice(None))
+    assert heads == {"words": [], "codes": [2 * 9] * 4 + [2 * 9 * 4]}, "both sides of guidance, never the prompt"
+
+
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_gradients_reach_the_language_model_and_not_the_decoder(name: str, adapter: bool):
@@ -139,7 +155,23 @@ def test_a_row_does_not_depend_on_its_batch(name: str):
     assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+def test_glm_image_draws_what_its_own_generate_draws():
+    """Greedy, a padded batch: the prompt with both grids, and positions of three axes that begin anew with each."""
+    policy = policy_of("glm_image", top_k=1, guidance_scale=1.0)
+    model, processor = copy.deepcopy(built("glm_image")[0]), built("glm_image")[1]
+    drawn = policy.sample(prompts(group_size=1))
+    inputs = processor(text=list(TEXTS), padding=True, return_tensors="pt", **GLM_SIZE)
+    length = inputs["input_ids"].shape[1]
+    ids = model.generate(
+        **inputs, do_sample=False, max_new_tokens=8, suppress_tokens=[CODES, CODES + 1], pad_token_id=CODES + 2
+    )
+    codes = drawn.segments["image"].actions["codes"]
+    assert torch.equal(codes, ids[:, length:]) and len(codes.unique()) > 3
+    pictures = np.stack([np.asarray(each.images[0].convert("L")) for each in drawn.completions])
+    assert (pictures == codes[:, 2:].view(3, 2, 3).numpy() * 255 // CODES).all(), "the picture is the large grid"
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_thinking_gives_two_segments_with_one_completion(name: str):
     think = Think(max_new_tokens=5, instruction="{prompt}?", draw="{prompt}. {text}")
     policy = policy_of(name, think=think, with_reference=True)
@@ -157,11 +189,11 @@ def test_thinking_gives_two_segments_with_one_completion(name: str):
     # What is drawn depends on what was thought: the prompt of a picture holds the text.
     lengths = {len(row[0]) for row in trajectory.segments["image"].actions["rows"]}
     assert len(lengths) > len(TEXTS)
-    vocabulary = set(policy._family.vocabulary)
+    vocabulary = set(policy._modes[False].family.vocabulary)
     assert not any(vocabulary & set(row.tolist()) for row in trajectory.segments["text"].actions["tokens"])
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", WRITERS)
 def test_both_segments_have_gradients_of_their_own(name: str):
     """Each reaches the layers that both share; only the picture's reaches Janus's image head."""
     policy = policy_of(name, think=Think(max_new_tokens=5))
@@ -178,8 +210,52 @@ def test_both_segments_have_gradients_of_their_own(name: str):
         assert own and not own & reached["text"]
 
 
-def test_a_model_that_does_not_draw_is_refused():
-    chameleon = SimpleNamespace(config=SimpleNamespace(model_type="chameleon"))
+def test_chameleon_s_scores_are_its_own_of_the_codes_words():
+    """Unguided, against the model's own forward, which hides the words of pictures: its layers and its whole head."""
+    policy = policy_of("chameleon", guidance_scale=1.0)
+    model, processor = policy.module, built("chameleon")[1]
+    segment = policy.sample(prompts(group_size=1)).segments["image"]
+    words = policy._modes[False].family.vocabulary
+    names = processor.tokenizer.convert_ids_to_tokens(words)
+    assert names[10] == "IMGIMGBAZ" and names != sorted(names), "codes are numbers, not places of the vocabulary"
+    for row, text in enumerate(TEXTS):
+        codes = segment.actions["codes"][row]
+        asked = [*processor.tokenizer(text)["input_ids"], processor.image_start_token_id]
+        ids = torch.tensor([[*asked, *(words[code] for code in codes[:-1])]])
+        with torch.no_grad():
+            scores = model.lm_head(model.model(input_ids=ids).last_hidden_state)[0, len(asked) - 1 :][:, words]
+        expected = scores.log_softmax(-1).gather(1, codes[:, None])[:, 0]
+        assert torch.allclose(segment.rollout_log_probs[row], expected, atol=1e-5)
+
+
+def test_evaluation_may_draw_another_size_with_another_decoder():
+    exam = {"processor": {"ratio": "1:1", "image_area": 256}, "decoder": "families.drawing:grey"}
+    policy = policy_of("emu3", exam=exam)
+    sizes = {}
+    for evaluation in (False, True):
+        trajectory = policy.sample(prompts()[:2], evaluation=evaluation)
+        sizes[evaluation] = trajectory.completions[0].images[0].size, trajectory.segments["image"].loss_mask.shape[1]
+    assert sizes == {False: ((6, 4), 6), True: ((2, 2), 4)}, "by the model's own decoder, and a pixel a token"
+    with pytest.raises(RecipeError, match=r"evaluation\.sampling\.decoder: gave 24 pictures for the tokens of 6"):
+        policy_of("chameleon", exam={"decoder": "torch:flatten"}).sample(prompts(group_size=2), evaluation=True)
+
+
+def test_what_cannot_be_drawn_is_refused():
+    with pytest.raises(RecipeError, match=r"policy\.sampling\.decoder: transformers has no decoder of chameleon's"):
+        policy_of("chameleon", decoder=None)
+    with pytest.raises(RecipeError, match=r"policy\.sampling\.decoder: gave 36 pictures for the tokens of 9"):
+        policy_of("chameleon", decoder="torch:flatten").sample(prompts())
+    for change, message in (
+        ({"decoder": None}, r"decoder: .* decoder of glm_image's tokens; .*its pipeline do that \(policy\.writer\)"),
+        (
+            {"negative_prompt": None},
+            "guidance_scale: GLM-Image's tokens are drawn without guidance; say 1",
+        ),
+        ({"think": Think()}, "think: GLM-Image's head has tokens of pictures only, it cannot write"),
+    ):
+        with pytest.raises(RecipeError, match=rf"policy\.sampling\.{message}"):
+            policy_of("glm_image", **change)
+    model = SimpleNamespace(config=SimpleNamespace(model_type="llava"))
     block = PolicyBlock(model="x", family="image_tokens", sampling=ImageTokenSampling())
-    with pytest.raises(RecipeError, match=r"policy\.model: chameleon has no decoder"):
-        ImageTokensPolicy(chameleon, None, block)
+    with pytest.raises(RecipeError, match=r"policy\.model: llava does not draw with tokens"):
+        ImageTokensPolicy(model, None, block)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from unified_rl.policies.diffusion import DiffusionPolicy
@@ -54,7 +55,7 @@ class TomorrowsPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(self, prompt: list[str], generator=None, num_inference_steps: int = 4, strength: float = 1.0):
         wanted = torch.tensor([float(text.count("red")) for text in prompt])
-        latents = torch.stack([torch.randn(4, 3, generator=each) for each in generator])
+        latents = randn_tensor((len(prompt), 4, 3), generator=generator)
         for _phase in range(2):
             self.scheduler.set_timesteps(num_inference_steps)
             if _phase:

@@ -1,6 +1,8 @@
 """The replay contract: scoring a stored trajectory gives the log-probs that its sampling reported."""
 
 import copy
+import functools
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from unified_rl.policies.causal_lm import CausalLMPolicy
 from unified_rl.policies.diffusion import DiffusionPolicy
 from unified_rl.recipe.policy import Adapter, DiffusionSampling, PolicyBlock, TextSampling, exam_sampling
 from unified_rl.types import Prompt, Segment
-from unified_rl.worlds import shapes
+from unified_rl.worlds import edits, shapes
 
 PIPELINES = {"shapes_sd3": "a red circle", "digits_unet": "a handwritten seven"}
 NUM_STEPS = 5
@@ -219,19 +221,30 @@ def test_a_sample_depends_on_its_seed_alone(quickstart: Path):
     assert not torch.equal(four[0], four[2]), "same prompt, other seed"
 
 
-def test_replay_runs_one_denoiser_call_and_no_encoder(quickstart: Path):
-    policy = diffusion_policy(quickstart / "shapes_sd3")
-    segment = policy.sample(image_prompts("a red circle", 4)).segments["image"]
-    calls = {"denoiser": 0, "other": 0}
-    pipeline = policy._pipeline
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            key = "denoiser" if component is policy.module else "other"
-            layer = component.pos_embed if key == "denoiser" else component
-            layer.register_forward_hook(lambda *_, key=key: calls.update({key: calls[key] + 1}))
+@pytest.mark.parametrize("name", ["shapes_sd3", "shapes_inpaint"])
+def test_replay_runs_one_denoiser_call_and_no_encoder(quickstart: Path, name: str):
+    """Neither text encoders nor the VAE, of which inpainting takes both halves. Hooks on every layer."""
+    policy = diffusion_policy(quickstart / name)
+    calls: Counter[str] = Counter()
+
+    def count(module: torch.nn.Module, arguments: Any, *, part: str) -> None:
+        calls[part] += 1
+
+    for part, component in policy._pipeline.components.items():
+        for layer in component.modules() if isinstance(component, torch.nn.Module) else ():
+            if component is not policy.module or layer is component.pos_embed:
+                layer.register_forward_pre_hook(functools.partial(count, part=part))
+    rows = edits.edits("train", 2)
+    prompts = [
+        Prompt(text=row["prompt"], images=(), columns=row if name == "shapes_inpaint" else {}, group_id=0, seed=seed)
+        for seed, row in enumerate(rows * 2)
+    ]
+    segment = policy.sample(prompts).segments["image"]
+    assert calls.keys() >= {"text_encoder", "transformer", "vae"}, "the hooks see what sampling runs"
+    calls.clear()
     policy.log_prob("image", segment, slice(3, 4))
     policy.log_prob("image", segment.rows(slice(0, 1)), slice(0, 1))
-    assert calls == {"denoiser": 2, "other": 0}
+    assert calls == {"transformer": 2}
 
 
 def test_evaluation_sampling_is_the_deterministic_pipeline(quickstart: Path):

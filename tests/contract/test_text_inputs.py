@@ -1,14 +1,24 @@
 """What must never crash a run in its middle: picture tokens in completions, over-long prompts, broken pictures."""
 
 import io
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from families.toolkit import LETTERS
 from PIL import Image
 from test_families import FAMILIES, SEEING, mixture, picture, policy_of, prompts
+from test_image_tokens import policy_of as drawing_policy
+from transformers import AutoConfig
 
 from unified_rl.errors import RecipeError
+from unified_rl.policies.causal_lm import CausalLMPolicy
+from unified_rl.policies.text_inputs import TextInputs
+from unified_rl.policies.without_videos import load_processor
+from unified_rl.recipe.policy import PolicyBlock, TextSampling, Think
+from unified_rl.tiny import language
 from unified_rl.types import Prompt
 
 
@@ -53,3 +63,43 @@ def test_a_picture_of_twenty_thousand_pixels_is_refused():
 def test_a_text_only_prompt_for_a_model_that_needs_pictures_is_refused():
     with pytest.raises(RecipeError, match="the processor refuses a prompt with 0 pictures"):
         policy_of("paligemma").sample(asking(None))
+
+
+def test_a_processor_whose_video_half_needs_torchvision_does_the_rest(tmp_path: Path):
+    _, whole = language.TWINS["Qwen2_5_VLForConditionalGeneration"]()
+    whole.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())["video_processor"]
+    assert settings["video_processor_type"] == "Qwen2VLVideoProcessor", "where torchvision is, videos work again"
+    AutoConfig.for_model("qwen2_5_vl").save_pretrained(tmp_path)
+    inputs = TextInputs(load_processor(str(tmp_path), None), pad_id=0)
+    prompt = Prompt(text="what", images=(picture(0),), columns={}, group_id=0, seed=0)
+    assert "pixel_values" in inputs.prepare(prompt, TextSampling())
+    inputs = TextInputs(whole, pad_id=0)
+    with pytest.raises(RecipeError, match=r"data: the column video, but Qwen2_5_VLProcessor .* install"):
+        inputs.prepare(replace(prompt, columns={"video": [picture(0), picture(1)]}), TextSampling())
+
+
+@pytest.mark.parametrize("kind", ["T5ForConditionalGeneration", "CLIPModel"])
+def test_a_model_that_is_no_generating_decoder_is_refused_before_it_loads(kind: str, tmp_path: Path):
+    AutoConfig.for_model({"T": "t5", "C": "clip"}[kind[0]], architectures=[kind]).save_pretrained(tmp_path)
+    block = PolicyBlock(model=str(tmp_path), family="causal_lm", sampling=TextSampling())
+    settings = {"with_reference": False, "entropy_gradient": False, "device": torch.device("cpu")}
+    with pytest.raises(RecipeError, match=f"policy.model: {kind} is no decoder that transformers generates with"):
+        CausalLMPolicy.load(block, evaluation=TextSampling(), **settings)
+
+
+def test_which_prompts_are_refused_is_known_beforehand():
+    """By every family of tokens, with the error of sampling."""
+    drawing = {"guidance_scale": 1.0, "max_prompt_tokens": 12}
+    thinking = {**drawing, "think": Think(max_prompt_tokens=12)}
+    for policy in (
+        policy_of("llama", max_prompt_tokens=12),
+        drawing_policy("janus", **drawing),
+        drawing_policy("janus", **thinking),
+    ):
+        policy.check(asking(None)[0])
+        long = replace(asking(None)[0], text="what is it, and where is it")
+        with pytest.raises(RecipeError, match=r"policy\.sampling\.max_prompt_tokens: a prompt has \d+ tokens"):
+            policy.check(long)
+        with pytest.raises(RecipeError, match=r"policy\.sampling\.max_prompt_tokens: a prompt has \d+ tokens"):
+            policy.sample([long])

@@ -127,7 +127,7 @@ def settings(folder: Path) -> dict:
         for name, split in SPLITS.items():
             module, engine = build(stage)
             norms = list(train(module, engine, split, ranks))
-            results[stage, name] = {"weights": weights(module, engine), "norms": norms, "bytes": engine.comm_bytes}
+            results[stage, name] = {"weights": weights(module, engine), "norms": norms, "bytes": engine.sent_bytes}
         module, engine = build(stage)
         norms = list(train(module, engine, SPLITS["three"], ranks, skipping="none"))
         results[stage, "resplit"] = {"weights": weights(module, engine), "norms": norms}

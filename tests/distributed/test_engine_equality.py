@@ -175,7 +175,8 @@ def test_four_processes_train_the_same(tmp_path, monkeypatch):
 
 def test_comm_bytes_follow_the_formula(results):
     size = sum(p.numel() * 4 for p in worker.Net(0).parameters() if p.requires_grad)
-    share = {stage: results["settings"][stage, "three"]["bytes"] / (size / 2) for stage in worker.STAGES}
+    sent = {stage: results["settings"][stage, "three"]["bytes"] for stage in worker.STAGES}
+    share = {stage: sum(counts.values()) / (size / 2) for stage, counts in sent.items()}
     # Five steps of three windows, two ranks.
     assert share["0"] == 5 * 2
     assert share["1"] == 5 * 3
@@ -183,6 +184,10 @@ def test_comm_bytes_follow_the_formula(results):
     every = sum(p.numel() * 4 for p in worker.Net(0).parameters()) / size
     assert share["3"] == pytest.approx(15 + 5 * 2 * every)
     assert share["3-sharded"] == pytest.approx(15 + 15 * 2 * every)
+    parts = {stage: [count / (size / 2) for count in counts.values()] for stage, counts in sent.items()}
+    assert list(sent["0"]) == ["all_reduce", "reduce_scatter", "all_gather"]
+    assert parts["0"] == [10, 0, 0] and parts["1"] == [10, 0, 5] and parts["2"] == [30, 0, 5]
+    assert parts["3-sharded"] == pytest.approx([0, 15, 30 * every])
 
 
 def test_helpers(results):

@@ -1,4 +1,4 @@
-"""Launchers other than our own: two nodes of torchrun, which here share one machine."""
+"""Launchers other than our own: two nodes of torchrun, which here share one machine, srun, and DeepSpeed's."""
 
 import json
 import os
@@ -11,10 +11,12 @@ from tests import forks
 
 
 def test_two_nodes_of_torchrun(tmp_path: Path):
-    """The command of docs/scale.md, run on both nodes."""
+    """The command of docs/scale.md, run on both nodes, where no compiler nor any other program is found."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+    empty = tmp_path / "empty"
+    empty.mkdir()
     words = ["num_steps=1", "group_size=2", "prompts_per_step=2", "data.evaluation=null", "engine.threads=1"]
     train = [
         "-m",
@@ -24,14 +26,14 @@ def test_two_nodes_of_torchrun(tmp_path: Path):
         *words,
         "engine.zero_stage=2",
         "--output",
-        str(tmp_path),
+        str(tmp_path / "run"),
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     place = ["--master-addr", "127.0.0.1", "--master-port", port]
     nodes = [
         subprocess.Popen(
             [*torchrun, "--node-rank", str(rank), *place, *train],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": str(empty), "TORCH_EXTENSIONS_DIR": str(empty)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -39,9 +41,13 @@ def test_two_nodes_of_torchrun(tmp_path: Path):
     ]
     errors = [node.communicate(timeout=300)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], errors
-    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert row["samples_seen"] == 4 and row["comm/bytes"] > 0
-    manifest = json.loads((tmp_path / "checkpoints/step_000001/manifest.json").read_text())
+    (row,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert row["samples_seen"] == 4 and row["comm/bytes"] > 0 == row["comm/rollout_bytes"]
+    (ranks,) = [json.loads(line) for line in (tmp_path / "run/ranks.jsonl").read_text().splitlines()]
+    assert {"step", "time/rollout", "time/reward_work", "time/update", "memory/peak_mib"} <= set(ranks)
+    assert ranks["comm/bytes"] == [row["comm/bytes"]] * 2 and max(ranks["memory/peak_mib"]) == row["memory/peak_mib"]
+    assert not list(empty.iterdir()), "nothing was built"
+    manifest = json.loads((tmp_path / "run/checkpoints/step_000001/manifest.json").read_text())
     assert manifest["world_size"] == 2
 
 
@@ -66,3 +72,37 @@ def test_what_srun_sets_is_understood(tmp_path: Path):
     assert row["samples_seen"] == 4
     for phase in ("rollout", "update"):
         assert 1.0 <= row[f"slowest/{phase}"] <= 2.0 and row[f"slowest/{phase}_process"] in (0, 1)
+
+
+SLOW = """
+import os, time
+
+def reward(prompts, completions, **_):
+    time.sleep(0.3 if os.environ["RANK"] == "1" else 0.0)
+    return [float(index % 2) for index in range(len(completions))]
+"""
+
+
+def test_the_deepspeed_launcher_and_a_straggler(tmp_path: Path):
+    """DeepSpeed's own command, which hands each process a --local_rank before all other words; one of them is slow."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    words = ["num_steps=4", "group_size=2", "prompts_per_step=2", "data.evaluation=null", "engine.threads=1"]
+    rewards = f"rewards=[{{name: {tmp_path / 'slow.py'}:reward, isolation: thread}}]"
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", port]
+    train = ["--module", "unified_rl.cli", "train", "quickstart_vlm", *words, rewards, "engine.zero_stage=1"]
+    done = subprocess.run(
+        [*launcher, *train, "--output", str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and rows[-1]["samples_seen"] == 16 and rows[-1]["slowest/reward_process"] == 1
+    events = [json.loads(line)["message"] for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    named = [event for event in events if "straggler: process 1" in event and "its own reward" in event]
+    assert len(named) == 1 and "straggler: process 1" in done.stdout, events

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests import forks
+
 REWARD = """
 def reward(prompts, completions, **_):
     return [float(len(str(text))) for text in completions]
@@ -19,25 +23,47 @@ def rows():
 """
 
 
-def test_processes_with_other_rows_and_shorter_answers_wait_for_the_others(tmp_path: Path):
-    (tmp_path / "mine.py").write_text(REWARD)
-    words = [
+def words_of(folder: Path) -> list[str]:
+    """One process has rows with a picture and without, the other one without alone."""
+    (folder / "mine.py").write_text(REWARD)
+    return [
         "num_steps=2",
-        # One process has rows with a picture and without, the other one without alone.
         "group_size=2",
         "prompts_per_step=3",
-        f"data.prompts={tmp_path / 'mine.py'}:rows",
+        f"data.prompts={folder / 'mine.py'}:rows",
         "data.evaluation=null",
         "policy.sampling.max_new_tokens=24",
         "engine.zero_stage=3",
         "engine.threads=1",
         "engine.timeout=60",
-        # Small as this model is, all of it would be kept whole.
+        # Small as these models are, all of them would be kept whole.
         "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}",
-        f"rewards=[{{name: {tmp_path / 'mine.py'}:reward}}]",
+        f"rewards=[{{name: {folder / 'mine.py'}:reward}}]",
+        "--output",
+        str(folder),
     ]
-    command = [sys.executable, "-m", "unified_rl.cli", "train", "quickstart_vlm", *words, "-n", "2"]
-    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=400)
+
+
+def check(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and rows[0]["replay_gap"] < 1e-4 and rows[0]["grad_norm"] > 0
+
+
+def test_processes_with_other_rows_and_shorter_answers_wait_for_the_others(tmp_path: Path):
+    """Idefics3, whose pictures are rows of a batch."""
+    command = [sys.executable, "-m", "unified_rl.cli", "train", "quickstart_vlm", *words_of(tmp_path), "-n", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2] and rows[0]["replay_gap"] < 1e-4
+    check(tmp_path)
+
+
+def test_a_process_without_pictures_runs_a_tower_of_packed_patches_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Qwen2.5-VL, whose pictures are one sequence of patches, and whose positions depend on them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keys = ["policy.adapter={kind: none}", "minibatches=1", "engine.micro_batch=2", "engine.rollout_batch=3"]
+    words = ["train", "qwen25vl_geometry3k_grpo", "--tiny", *words_of(tmp_path), *keys]
+    ends = forks.run_together(2, forks.cli, words, log=tmp_path / "log")
+    assert not any(end.returncode for end in ends), ends[0].stderr[-3000:]
+    check(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.unit.toys import Bandit, build_parts
+from unified_rl.cli import main
 from unified_rl.data.prompts import PromptSampler
 from unified_rl.data.sources import load_rows
 from unified_rl.errors import RecipeError
@@ -64,7 +65,7 @@ def test_a_row_gives_its_place_to_the_next_alike_on_all_processes(sampler, tmp_p
 def test_too_many_of_them_end_the_run(sampler, tmp_path: Path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"")
-    with pytest.raises(RecipeError, match=r"data.max_bad_images: 3 of 8 rows cannot be read, more than 0.25"):
+    with pytest.raises(RecipeError, match=r"data.max_bad_images: 3 of 8 rows cannot be used, more than 0.25"):
         list(sampler(0.25).every_prompt())
     assert len(list(sampler(0.4).every_prompt())) == NUM_ROWS
 
@@ -87,3 +88,23 @@ def test_a_run_counts_what_is_spoilt_while_it_goes_on(sampler, tmp_path: Path):
     assert len(said) == 1 and "rows.jsonl:6" in said[0]
     # Two epochs; in the second at the latest, row 5 has given its place away.
     assert "5" not in [prompt.text for prompts in rollouts[2:] for prompt in prompts]
+
+
+def test_a_prompt_that_the_policy_refuses_gives_its_place_too(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A language model tells it beforehand; every process and a resumed run find the same next row."""
+    lines = ["how many ?", "how many circles are there in this picture , and how many squares ?", "which colour ?"]
+    (tmp_path / "rows.txt").write_text("\n".join(lines))
+    (tmp_path / "mine.py").write_text(
+        "def reward(prompts, completions, **_): return [float(len(c)) for c in completions]"
+    )
+    words = ["num_steps=2", "group_size=2", "prompts_per_step=2", "policy.sampling.max_prompt_tokens=12"]
+    words += [f"data={{prompts: {tmp_path / 'rows.txt'}}}", "policy.sampling.max_new_tokens=4", "engine.threads=1"]
+    words += [f"rewards=[{{name: {tmp_path / 'mine.py'}:reward}}]"]
+    assert main(["train", "quickstart_vlm", *words, "--output", str(tmp_path / "stops")]) == 2
+    assert "error: policy.sampling.max_prompt_tokens: a prompt has" in capsys.readouterr().err
+    skips = ["data.on_bad_image=skip", "--output", str(tmp_path / "skips")]
+    assert main(["train", "quickstart_vlm", *words, *skips]) == 0
+    rows = read_jsonl(tmp_path / "skips/metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and rows[-1]["num_bad_images"] == 1
+    (said,) = [row["message"] for row in read_jsonl(tmp_path / "skips/events.jsonl") if "skipped" in row["message"]]
+    assert said.startswith("skipped: row 1: policy.sampling.max_prompt_tokens: a prompt has")

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import time
@@ -189,9 +190,10 @@ def batch(*texts: str) -> RewardBatch:
 def test_retries_pause_longer_each_time() -> None:
     flaky = Flaky(2)
     runner = RewardRunner(flaky, retries=2, first_pause=0.1)  # type: ignore[arg-type]
-    began = time.perf_counter()
+    began, generator = time.perf_counter(), random.getstate()
     outcome = runner.submit(batch("ab", "c")).result()
     assert (outcome.values, outcome.failed, flaky.calls) == ([2.0, 1.0], 0, 3)
+    assert random.getstate() == generator, "a failure must not change what a run draws after it"
     assert 0.05 + 0.1 < time.perf_counter() - began < 0.15 + 0.3 + 1.0
 
 

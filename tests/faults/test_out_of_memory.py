@@ -4,17 +4,19 @@ ended with advice.
 With several processes: `distributed/test_methods_equality`.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.unit.toys import Bandit, build_parts
-from unified_rl.fitting import TooLargeError
+from tests.unit.toys import Bandit, again, build_parts
+from unified_rl.fitting import TooLargeError, as_fitted
+from unified_rl.memory import Memory
 from unified_rl.recipe.file import parse_recipe
 from unified_rl.run_folder.tracking import read_jsonl
 from unified_rl.stopping import StopSignal
-from unified_rl.train import Position, run_loop
+from unified_rl.train import Position, run_loop, start
 from unified_rl.types import Segment, StepStats
 
 KEYS = {"num_steps": 3, "epochs": 2, "optimizer": {"lr": 0.05, "eps": 1e-3}}
@@ -59,6 +61,28 @@ def test_windows_are_halved_until_they_fit_and_the_updates_are_the_same(error: E
     said = [row["message"] for row in read_jsonl(tmp_path / "large/run/events.jsonl") if row["level"] == "warning"]
     halvings = [line for line in said if "ran out of memory" in line]
     assert [line.rpartition(" ")[2] for line in halvings] == ["4", "2"] and str(error)[:20] in halvings[0]
+
+
+def test_a_run_that_was_halved_goes_on_with_the_windows_that_it_had(tmp_path):
+    engine = {"micro_batch": 8, "on_out_of_memory": "halve"}
+    keys = {**KEYS, "num_steps": 8, "checkpoint": {"every": 2, "keep": 9}, "engine": engine}
+    policy = Large([0.3, 0.1])
+    policy.asked = []
+    parts = build_parts(tmp_path, policy, **keys)
+    run_loop(parts, Position(step=0, rollout=0), StopSignal())
+    whole, rows = policy.module.weight.detach().clone(), policy.asked[-1]
+    for step in (4, 6, 8):
+        (tmp_path / f"run/checkpoints/step_{step:06d}/manifest.json").unlink()
+    resumed = Large([0.3, 0.1])
+    resumed.asked, resumed.rows = [], 100  # it would have room now
+    parts = again(parts, tmp_path, resumed)
+    run_loop(parts, start(parts, "auto"), StopSignal())
+    assert set(resumed.asked) == {rows} == {2} and torch.equal(resumed.module.weight.detach(), whole)
+    others = again(parts, tmp_path, Large([0.3, 0.1]))
+    smaller = others.recipe.model_copy(update={"engine": others.recipe.engine.model_copy(update={"micro_batch": 3})})
+    others = replace(others, recipe=smaller, memory=Memory(smaller))
+    start(others, "auto")
+    assert as_fitted(others).recipe.engine.micro_batch == 3, "what is asked for now counts"
 
 
 def test_unasked_for_it_ends_with_advice_and_other_errors_pass(tmp_path):

@@ -2,6 +2,7 @@
 source. Weights are random or as shipped here; nothing is pre-trained in a test."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from diffusers import AutoencoderTiny
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from recipes.families import make_tiny
-from recipes.quickstart import make_shapes_inpaint, make_shapes_sd3
+from recipes.quickstart import make_shapes_inpaint, make_shapes_planner, make_shapes_sd3, plans, script
 from unified_rl import cli
 from unified_rl.recipe.file import RECIPES
+from unified_rl.worlds import shapes
 
 COUNTS = ["num_steps=1", "epochs=1", "group_size=2", "prompts_per_step=2", "engine.micro_batch=4", "engine.threads=1"]
 COUNTS += ["evaluation.num_prompts=2", "rewards=[{name: 'unified_rl.tiny.twin:brightness'}]"]
@@ -65,3 +67,27 @@ def test_the_inpainting_model_starts_as_its_source_and_trains(tmp_path: Path):
     (tmp_path / "model/call_defaults.json").write_text(json.dumps(call))
     row = trained("quickstart_edit.yaml", tmp_path / "model", tmp_path / "run")
     assert row["replay_gap"] <= 1e-5 and row["grad_norm"] > 0
+
+
+def test_a_plan_is_read_as_it_was_written_and_checked_as_a_scene():
+    rows, rng = plans.heldout()[:50], random.Random(0)
+    things = [shapes.scene_for(row["spec"], rng) for row in rows]
+    texts = [plans.plan_of(scene) for scene in things]
+    assert [sorted(map(str, plans.read_plan(text))) for text in texts] == [sorted(map(str, each)) for each in things]
+    asked = [row["spec"] for row in rows]
+    assert plans.strict([], texts, spec=asked) == plans.graded([], texts, spec=asked) == [1.0] * 50
+    assert plans.strict([], ["", "b2 red", "z9 red circle"], spec=asked[:3]) == [0.0] * 3
+
+
+def test_the_text_denoiser_is_made_and_trained(tmp_path: Path):
+    tokenizer = make_shapes_planner.build_tokenizer()
+    batches = make_shapes_planner.Batches(tokenizer, 0.0, seed=0)
+    texts, seen, known, weights = batches.batch()
+    hidden = seen == tokenizer.mask_token_id
+    assert torch.equal(texts[~hidden], seen[~hidden]) and torch.equal(weights > 0, hidden) and known[hidden].all()
+    assert float(weights.sum(1).mean()) == pytest.approx(make_shapes_planner.LENGTH, rel=0.1), "unbiased: 1 / t of t"
+    torch.manual_seed(0)
+    script.write_model(tmp_path / "model", make_shapes_planner.build_model(tokenizer), tokenizer)
+    letters = ["policy.sampling.estimator=coupled_mask", "rewards=[{name: 'unified_rl.tiny.twin:letters'}]"]
+    row = trained("quickstart/plans_masked_text.yaml", tmp_path / "model", tmp_path / "run", *letters)
+    assert row["grad_norm"] > 0 and row["replay_gap"] <= 1e-5

@@ -34,8 +34,11 @@ LIKE_OTHERS = [
     "quickstart_masked_diffusion",
     "quickstart_nft",
     "quickstart_ocr",
+    "quickstart_vla",
 ]
 """Their checkpoints are written and read like those of a recipe that is resumed here."""
+OWN = {"quickstart_vla": ["group_size=16", "prompts_per_step=4"]}
+"""Of few episodes all may end alike, and then there is nothing to learn from."""
 KEYS = {
     "step", "samples_seen", "loss", "reward", "reward_std", "frac_reward_zero_std", "replay_gap", "grad_norm", "lr",
     "time/rollout", "time/reward", "time/update", "time/total", "samples_per_second", "memory/peak_mib",
@@ -49,9 +52,8 @@ OF_METHODS = {
 
 
 def command(name: str, folder: Path, *overrides: str) -> list[str]:
-    return [
-        sys.executable, "-m", "unified_rl.cli", "train", name, *SMALL, *overrides, "--output", str(folder)
-    ]  # fmt: skip
+    words = ["train", name, *SMALL, *OWN.get(name, []), *overrides, "--output", str(folder)]
+    return [sys.executable, "-m", "unified_rl.cli", *words]
 
 
 def train(name: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess:

@@ -17,8 +17,8 @@ from unified_rl.tiny import language, models
 from unified_rl.tiny.twin import HUB, brightness, letters, shrink, tiny_recipe
 from unified_rl.worlds.edits import train_instructions
 
-NEED_TORCHVISION = ("Qwen/Qwen-Image-Edit", "Qwen/Qwen2.5-VL")
-"""Models whose processors do."""
+NEED_TORCHVISION = "Qwen/Qwen-Image-Edit"
+"""A model whose processor does."""
 NAMES = sorted(path.stem for path in (RECIPES / "models").glob("*.yaml"))
 
 

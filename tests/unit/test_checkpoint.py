@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -281,7 +283,7 @@ def test_killed_at_any_point_of_a_save(save, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_in_the_middle_of_a_save(save, tmp_path):
-    """In place of a small file system, whose mounting needs rights: no file may grow beyond 64 bytes."""
+    """By a limit: no file may grow beyond 64 bytes."""
     save(1)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -294,3 +296,49 @@ def test_a_full_disk_in_the_middle_of_a_save(save, tmp_path):
         signal.signal(signal.SIGXFSZ, before)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
     verify(save(2))
+
+
+ON_A_SMALL_DISK = """
+import sys
+from pathlib import Path
+from torch import nn
+from unified_rl.engine.local import LocalEngine
+from unified_rl.recipe.schema import Optimizer
+from unified_rl.run_folder import checkpoint
+from unified_rl.snapshots import Snapshots
+
+class Policy:
+    size = 200_000
+    def save(self, directory):
+        (directory / "weights.bin").write_bytes(bytes(self.size))
+
+run = Path(sys.argv[1])
+engine = LocalEngine(nn.Linear(2, 2), Optimizer(), num_steps=9)
+policy = Policy()
+def save(step):
+    parts = {"policy": policy, "engine": engine, "snapshots": Snapshots(engine, {}), "state": {"step": step}}
+    return checkpoint.save_checkpoint(run, step, **parts, keep=9)
+save(1)
+policy.size = 2_000_000  # more than was estimated
+try:
+    save(2)
+    sys.exit("it had room")
+except checkpoint.CheckpointError as error:
+    print(error)
+assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
+checkpoint.verify(run / "checkpoints/step_000001")
+policy.size = 200_000
+checkpoint.verify(save(3))
+"""
+
+
+def test_a_full_disk(tmp_path):
+    """A file system of 1 MB in a mount namespace of its own."""
+    mounted = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
+    inside = ["unshare", "-Urm", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*inside, mounted], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small file system in a namespace")
+    command = f'{mounted} && exec "$0" -c "$1" {tmp_path}'
+    done = subprocess.run([*inside, command, sys.executable, ON_A_SMALL_DISK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "could not be written: [Errno 28] No space left on device" in done.stdout

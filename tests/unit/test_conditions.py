@@ -1,6 +1,7 @@
 """Conditions of a dataset: pictures by column name, and what a pipeline's call takes and needs."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import diffusers
@@ -10,8 +11,10 @@ from PIL import Image
 from unified_rl.data.prompts import PromptSampler
 from unified_rl.data.sources import load_rows
 from unified_rl.errors import RecipeError
-from unified_rl.policies.conditions import check_columns
+from unified_rl.policies.conditions import check_batches, check_columns
 from unified_rl.policies.pipeline_call import call_arguments
+from unified_rl.recipe.policy import DiffusionSampling, PolicyBlock
+from unified_rl.recipe.schema import EngineBlock
 
 
 def dataset(folder: Path, *rows: dict) -> str:
@@ -79,3 +82,21 @@ def test_conditions_that_fit_pass():
     check("FluxKontextPipeline", {"prompt": "p"}, {"prompt": "q", "image": 0})
     check("WanImageToVideoPipeline", {"prompt": "p", "images": [0], "last_image": 0})
     check("DiTPipeline", {"prompt": "p"}, class_labels=[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "message"),
+    [
+        ("BriaFiboEditPipeline", {}, "engine.micro_batch: BriaFiboEditPipeline takes one row a call, not 16"),
+        ("BriaFiboEditPipeline", {"micro_batch": 1, "rollout_batch": 2}, "engine.rollout_batch: .*, not 2; say 1"),
+        ("BriaFiboEditPipeline", {"micro_batch": 1}, None),
+        ("BriaFiboPipeline", {}, None),
+    ],
+)
+def test_batches_for_a_class_of_one_row_a_call_are_refused_before_it_loads(
+    tmp_path: Path, name: str, engine: dict, message: str | None
+):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    block = PolicyBlock(model=str(tmp_path), family="diffusion", sampling=DiffusionSampling())
+    with pytest.raises(RecipeError, match=message) if message else nullcontext():
+        check_batches(block, EngineBlock(**engine))

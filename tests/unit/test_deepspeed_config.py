@@ -49,3 +49,20 @@ def test_offloading_needs_its_stage(offload, stage, needed):
         parse_recipe({**parse, "engine": {"offload": offload, "zero_stage": stage}}, Path())
     config = build_config(EngineBlock(offload="all", zero_stage=3), dtype="float32", max_grad_norm=1.0, on_gpu=False)
     assert config["zero_optimization"]["offload_param"] == {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"bfloat16": {"enabled": True}}, "engine.deepspeed.bfloat16: is set by policy.dtype"),
+        ({"torch_autocast": {"enabled": True}}, "engine.deepspeed.torch_autocast: is set by policy.dtype"),
+        ({"zero_optimization": {"zenflow": {}}}, "zero_optimization.zenflow: is set by engine.offload"),
+        ({"zero_optimization": {"cpu_offload": True}}, "zero_optimization.cpu_offload: is set by engine.offload"),
+        ({"zero_optimization": {"offload_param": None}}, "zero_optimization.offload_param: is not None but a block"),
+        ({"zero_optimization": None}, "engine.deepspeed.zero_optimization: is not None but a block of keys"),
+    ],
+)
+def test_other_spellings_do_not_get_past_the_recipe(raw, message):
+    """DeepSpeed's older names, and nulls that would take out the recipe's own block."""
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        raw_config(EngineBlock(deepspeed=raw))

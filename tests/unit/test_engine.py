@@ -219,7 +219,7 @@ class TestBuildEngine:
     def test_one_process_is_local(self):
         engine = self.build()
         assert isinstance(engine, LocalEngine)
-        assert (engine.rank, engine.world_size, engine.comm_bytes) == (0, 1, 0)
+        assert (engine.rank, engine.world_size, sum(engine.sent_bytes.values())) == (0, 1, 0)
 
     def test_local_refuses_zero_stages(self):
         with pytest.raises(RecipeError, match=r"engine\.zero_stage: 2 needs backend auto or deepspeed"):

@@ -7,6 +7,7 @@ from toys import Bandit, build_parts
 
 from unified_rl.health import PATIENCE, Health
 from unified_rl.run_folder.tracking import read_jsonl
+from unified_rl.stragglers import Stragglers
 from unified_rl.train import Position, StopSignal, run_loop
 
 GOOD = {
@@ -98,3 +99,21 @@ def test_warnings_reach_the_events_of_a_run(tmp_path):
     (event,) = read_jsonl(parts.run.path / "events.jsonl")
     assert event["level"] == "warning"
     assert event["message"].startswith(f"step {PATIENCE}: all rewards of each group were equal in {PATIENCE} rollouts")
+
+
+def test_a_straggler_is_named_once_until_it_kept_up():
+    """Four processes; a slowest one of 3 times the mean takes 3 / (1 / 3) = 9 times as long as the others."""
+    watch = Stragglers(1.5, 4)
+    row = {"slowest/update": 3.0, "slowest/update_process": 2.0}
+    calm = {"slowest/update": 1.02, "slowest/update_process": 2.0}
+    between = {"slowest/update": 1.25, "slowest/update_process": 2.0}  # 1.25 / (2.75 / 3) = 1.36: neither
+    assert [len(watch.observe(row)) for _ in range(6)] == [0, 0, 1, 0, 0, 0]
+    assert watch.observe(between) == [] and watch.observe({}) == [] and watch.observe(row) == []
+    watch.observe(calm)
+    assert [len(watch.observe(row)) for _ in range(3)] == [0, 0, 1]
+    other = {**row, "slowest/update_process": 1.0}
+    said = [watch.observe(other) for _ in range(3)]
+    assert said[:2] == [[], []] and said[2] == [
+        "straggler: process 1 takes 9.0 times as long as the others for its own update, 3 times in a row; "
+        "the others wait for it"
+    ]

@@ -13,11 +13,14 @@ from unified_rl.recipe.file import load_recipe, parse_recipe
 from unified_rl.recipe.schema import Recipe
 
 
-def recipe(folder: Path, *, sampling: dict | None = None, objective: dict | None = None, **config) -> Recipe:
+def recipe(
+    folder: Path, *, sampling: dict | None = None, exam: dict | None = None, objective: dict | None = None, **config
+) -> Recipe:
     described = {"model_type": "janus", "vision_config": {"num_image_tokens": 16}, **config}
     (folder / "config.json").write_text(json.dumps(described))
     raw = {
         "policy": {"model": str(folder), "sampling": sampling or {}},
+        "evaluation": {"sampling": exam or {}},
         "data": {"prompts": "unified_rl.worlds.shapes:train_drawing"},
         "rewards": [{"name": "shapes_strict"}],
         "objective": objective or {"preset": "dr_grpo"},
@@ -65,6 +68,19 @@ def test_a_text_segment_without_thinking_is_refused(tmp_path: Path):
         check_recipe(recipe(tmp_path, objective={"text": {}, "image": {}}))
 
 
+def test_decoders_are_found_beside_the_recipe_and_checked(tmp_path: Path):
+    (tmp_path / "mine.py").write_text("def decode(codes): ...")
+    mine = {"decoder": "mine.py:decode"}
+    found = recipe(tmp_path, sampling=mine, exam=mine)
+    decoders = [found.policy.sampling.model_dump()["decoder"], found.evaluation.sampling["decoder"]]
+    assert decoders == [f"{tmp_path}/mine.py:decode"] * 2
+    check_recipe(found)
+    wrong = {"decoder": "mine.py:decod"}
+    for settings, where in (({"sampling": wrong}, "policy"), ({"exam": wrong}, "evaluation")):
+        with pytest.raises(RecipeError, match=rf"^{where}\.sampling\.decoder: .*decode"):
+            check_recipe(recipe(tmp_path, **settings))
+
+
 def test_rules_for_tokens_hold_for_image_tokens(tmp_path: Path):
     with pytest.raises(RecipeError, match="tokens are trained together"):
         recipe(tmp_path, objective={"train_steps": 4})
@@ -78,3 +94,17 @@ def test_shipped_recipes_of_image_tokens_are_explained():
     sizes = [estimate(each) for each in (guided, plain)]
     assert sizes[0] is not None and sizes[1] is not None
     assert sizes[0].activations == 2 * (sizes[1].activations or 0) > 0
+
+
+def test_chameleon_draws_where_it_is_told_to_with_a_decoder(tmp_path: Path):
+    (tmp_path / "mine.py").write_text("def decode(codes):\n    return []\n")
+    vq = {"resolution": 64, "channel_multiplier": [1, 2, 2]}
+    assert recipe(tmp_path, model_type="chameleon", vq_config=vq).policy.family == "causal_lm"
+    raw = {"policy": {"model": str(tmp_path), "family": "image_tokens", "sampling": {"decoder": "mine.py:decode"}}}
+    raw |= {"data": {"prompts": "unified_rl.worlds.shapes:train_drawing"}, "rewards": [{"name": "shapes_strict"}]}
+    drawing = parse_recipe({**raw, "objective": {"preset": "dr_grpo"}}, tmp_path)
+    assert drawing.policy.sampling.decoder == f"{tmp_path}/mine.py:decode" and plan(drawing).steps_trained == 256
+    check_recipe(drawing)
+    (tmp_path / "mine.py").write_text("")
+    with pytest.raises(RecipeError, match=r"policy\.sampling\.decoder: .*mine\.py.*decode"):
+        check_recipe(drawing)

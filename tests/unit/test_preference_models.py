@@ -91,6 +91,11 @@ def test_image_reward_gives_the_numbers_of_the_published_code(tmp_path: Path) ->
     prompts, shown = ["a red cat", "dog"], [picture(8, 8, 0), picture(14, 9, 1)]
     assert reward(prompts, shown) == pytest.approx([0.4584074, 0.2726056], abs=1e-5)
     assert reward(prompts[1:], shown[1:]) == pytest.approx([0.2726056], abs=1e-5)
+    tensor = torch.from_numpy(np.array(shown[1])).permute(2, 0, 1)[None] / 255
+    with_gradient = reward.with_gradient(prompts[1:], tensor.requires_grad_())
+    assert with_gradient.tolist() == pytest.approx([0.2726056], abs=5e-3)  # Pillow rounds the scaled picture
+    with_gradient.sum().backward()
+    assert tensor.grad is not None and float(tensor.grad.abs().max()) > 0
     white = prepared(Image.new("RGB", (10, 30), "white"), 5)
     assert white.shape == (3, 5, 5)
     assert white[:, 0, 0] == pytest.approx(

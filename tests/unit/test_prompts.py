@@ -223,8 +223,9 @@ def pixel_bomb(width: int, height: int) -> bytes:
         pixel_bomb(8193, 8192),
         pixel_bomb(10_000, 10_000),
         pixel_bomb(20_000, 20_000),
+        pixel_bomb(20_000, 8),
     ],
-    ids=["empty", "cut jpeg", "cut png", "bmp", "gif", "svg", "eps", "67 Mpx", "100 Mpx", "400 Mpx"],
+    ids=["empty", "cut jpeg", "cut png", "bmp", "gif", "svg", "eps", "67 Mpx", "100 Mpx", "400 Mpx", "20,000 px wide"],
 )
 def test_bad_pictures_are_refused(data: bytes) -> None:
     with pytest.raises(RecipeError, match=r"^row 0: its image cannot be read \(.+\); replace it$"):

@@ -270,7 +270,10 @@ def test_explain_spells_out_the_run(raw, tmp_path):
         "8 prompts x 16 = 128 samples",
     ):
         assert part in told
-    assert "hidden" not in told
+    assert "hidden" not in told and "savings" not in told
+    raw["policy"] |= {"attention": "native", "memory": {"vae_slicing": True}, "sampling": {"noise_level": 0.0}}
+    told = explain(parse_recipe({**raw, "objective": {"preset": "diffusion_nft"}}, tmp_path))
+    assert "vae_slicing: true, attention: native" in told and "none: every step follows the ODE" in told
     assert "the first of 2 updates" in explain(parse_recipe({**raw, "epochs": 2}, tmp_path))
 
 

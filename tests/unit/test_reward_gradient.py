@@ -46,7 +46,7 @@ def brightness(prompts: Any, completions: Tensor, **_: Any) -> Tensor:
 
 def painter_parts(folder: Path, weight: float = 1.0, **keys: Any) -> Any:
     parts = build_parts(folder, Painter([0.3, 0.1]), **keys)
-    reward = DifferentiableReward(name="toy:brightness", weight=weight, function=brightness)
+    reward = DifferentiableReward(name="brightness", weight=weight, function=brightness)
     return replace(parts, differentiable=[reward])
 
 

@@ -10,6 +10,7 @@ import pytest
 from tests.unit.toys import Bandit, build_parts, zeros_chosen
 from unified_rl.rewards.scoring import reward_of
 from unified_rl.run_folder.checkpoint import list_checkpoints
+from unified_rl.run_folder.tracking import read_jsonl
 from unified_rl.stopping import Abandoned, StopSignal
 from unified_rl.train import DivergedError, Position, check_finite, run_loop
 from unified_rl.types import Prompt
@@ -85,4 +86,25 @@ def test_a_run_without_finite_gradients_stops(tmp_path):
     parts.engine.step = lambda: float("nan")
     with pytest.raises(DivergedError, match="3 updates in a row had no finite gradient, the last one of rollout 2"):
         run_loop(parts, BEGIN, StopSignal())
+    said = [row["message"] for row in read_jsonl(tmp_path / "run/events.jsonl")]
+    assert any("rollout 2: every loss is finite, the gradient is not; it was trained on process 0" in m for m in said)
     check_finite(parts.recipe, 2, 0)
+
+
+def test_the_samples_of_a_loss_that_is_not_finite_are_named(tmp_path):
+    policy = Bandit([0.0, 0.0])
+    parts = build_parts(tmp_path, policy, num_steps=3, epochs=3, engine={"micro_batch": 4})
+    score, calls = policy.log_prob, []
+
+    def log_prob(name, segment, steps):
+        calls.append(name)
+        stats = score(name, segment, steps)
+        # After a look ahead and four windows of the first update: the third window of the second.
+        return replace(stats, log_probs=stats.log_probs * float("nan")) if len(calls) == 8 else stats
+
+    policy.log_prob = log_prob
+    assert run_loop(parts, BEGIN, StopSignal()) == 0
+    (said,) = [row["message"] for row in read_jsonl(tmp_path / "run/events.jsonl") if "loss" in row["message"]]
+    prompts = parts.sampler.rollout(0, rank=0, world_size=1)
+    named = ", ".join(f"{row} ({prompts[row].text!r}, seed {prompts[row].seed})" for row in (8, 9, 10, 11))
+    assert said == f"update skipped, rollout 0: the loss is not finite for process 0: samples {named}"

@@ -6,6 +6,7 @@ import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from unified_rl.errors import RecipeError
 from unified_rl.recipe.file import load_recipe
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.rewards.fit import Table, fit_head, measure, wilson
+from unified_rl.rewards.gradients import load_differentiable
 from unified_rl.rewards.preferences import load_judgements
 from unified_rl.rewards.scoring import load_rewards, score
 from unified_rl.types import Completion, Prompt
@@ -102,6 +104,14 @@ def test_preferences_are_learned_and_the_folder_is_a_reward(
     seen, asked = encoder.pictures(pictures), encoder.texts([PROMPT] * 2)
     by_hand = apply_head(torch.cat([seen, asked, seen * asked], 1), load_file(taste / "head.safetensors"))
     assert scores.breakdown["taste"].tolist() == pytest.approx(by_hand.tolist(), abs=1e-5)
+
+    (followed,) = load_differentiable([RewardBlock(name=str(taste))], "cpu")
+    pixels = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 for one in pictures])
+    values = followed.of(prompts, pixels.requires_grad_())
+    assert followed.name == "taste"
+    assert values.tolist() == pytest.approx(scores.breakdown["taste"].tolist(), abs=0.05)
+    values.sum().backward()
+    assert pixels.grad is not None and float(pixels.grad.abs().max()) > 0
 
     monkeypatch.chdir(tmp_path)
     for name, reason in (

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -40,7 +40,8 @@ class PromptSampler:
             seed: of the permutations and of the trajectories' own seeds.
             group_size: trajectories of one prompt.
             prompts_per_step: groups of one rollout, over all processes.
-            max_skipped: the share of the rows that may be skipped because of their pictures; None: none.
+            max_skipped: the share of the rows that may be skipped because of their pictures, or because `check` refuses
+                them; None: none.
 
         Raises:
             RecipeError: if there are no rows.
@@ -52,8 +53,10 @@ class PromptSampler:
         self._group_size = group_size
         self._prompts_per_step = prompts_per_step
         self._max_skipped = max_skipped
+        self.check: Callable[[Prompt], None] | None = None
+        """The policy's, once it is loaded, see `unified_rl.protocols.ChecksPrompts`."""
         self.skipped: dict[int, str] = {}
-        """Rows whose pictures cannot be read, as far as they are known, and what is wrong with them."""
+        """Rows that cannot be read or are refused, as far as they are known, and what is wrong with them."""
         self._told: set[int] = set()
 
     def rollout(self, index: int, *, rank: int, world_size: int) -> list[Prompt]:
@@ -97,9 +100,9 @@ class PromptSampler:
         return new
 
     def _readable(self, row: int) -> Row:
-        """The row with its pictures decoded, or the first after it that can be read, if rows may be skipped.
+        """The row with its pictures decoded, or the first after it that can be used, if rows may be skipped.
 
-        Which one depends on the files alone, so that processes and resumed runs agree without talking.
+        Which one depends on the files and the model alone, so that processes and resumed runs agree without talking.
 
         Raises:
             RecipeError: if its pictures cannot be read and it may not be skipped.
@@ -107,14 +110,17 @@ class PromptSampler:
         while True:
             if row not in self.skipped:
                 try:
-                    return _opened(self._rows[row], row)
+                    opened = _opened(self._rows[row], row)
+                    if self.check is not None and self._max_skipped is not None:  # else sampling says so itself
+                        self.check(_prompt(opened, group_id=row, seed=0))
+                    return opened
                 except RecipeError as error:
                     if self._max_skipped is None:
                         raise
-                    self.skipped[row] = str(error)
+                    self.skipped[row] = f"row {row}: {error}"
                     if len(self.skipped) > max(1.0, self._max_skipped * len(self._rows)):
                         raise RecipeError(
-                            f"data.max_bad_images: {len(self.skipped)} of {len(self._rows)} rows cannot be read, more"
+                            f"data.max_bad_images: {len(self.skipped)} of {len(self._rows)} rows cannot be used, more"
                             f" than {self._max_skipped:g} of them; the last: {error}"
                         ) from error
             row = (row + 1) % len(self._rows)

@@ -29,6 +29,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 """The only decoders that ever see a picture: few, and none that runs a script or opens another file."""
 MAX_PIXELS = 2**26
 """Larger pictures (8192 x 8192) are refused before they are decoded: a few kB can hold gigabytes."""
+MAX_SIDE = 16_384
+"""Pixels; processors that cut pictures into patches allocate for the longer side."""
 RESERVED = ("prompts", "completions")
 """Columns of these names would collide with the arguments that every reward gets."""
 _DATA_URI = re.compile(r"data:image/[a-z]+;base64,")
@@ -71,6 +73,8 @@ class ImageCell:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} is more than the {MAX_PIXELS} pixels allowed")
+    if max(image.size) > MAX_SIDE:
+        raise ValueError(f"{image.width} x {image.height} pixels; sides are limited to {MAX_SIDE}")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which convert would clip to white
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))

@@ -115,7 +115,7 @@ class DeepSpeedEngine:
         self.module = module
         offloads = "offload_optimizer" if zero_stage == 3 else "cpu_offload"
         self._offloaded = bool(zero_stage) and bool(vars(self._zero)[offloads])
-        self._comm_bytes = 0.0
+        self._sent = {"all_reduce": 0.0, "reduce_scatter": 0.0, "all_gather": 0.0}
         if zero_stage == 3:
             # A policy and its critic are called by themselves, never the module that holds both.
             for called in module.children() if isinstance(module, nn.ModuleDict) else [module]:
@@ -138,9 +138,10 @@ class DeepSpeedEngine:
         """Add the gradient of `loss` ([], float) to the gradients of this step, summed over ranks."""
         self._engine.backward(loss * self.world_size if self._stage == 3 else loss)
         if self._stage == 2:
-            self._count(2 * self._gradient_bytes)
+            self._count("all_reduce", 2 * self._gradient_bytes)
         elif self._stage == 3:
-            self._count(self._gradient_bytes + self._bytes_of_whole(False))
+            self._count("reduce_scatter", self._gradient_bytes)
+            self._count("all_gather", self._bytes_of_whole(False))
 
     def discard(self) -> None:
         """Stages 0 and 1: drop the gradients of the windows since the last step, one of which may have failed."""
@@ -156,11 +157,11 @@ class DeepSpeedEngine:
         norm = self._plain_step() if self._stage == 0 else self._sharded_step()
         self._set_step(self._step + 1)
         if self._stage <= 1:
-            self._count(2 * self._gradient_bytes)
+            self._count("all_reduce", 2 * self._gradient_bytes)
         if self._stage in (1, 2) and math.isfinite(norm):
-            self._count(self._trained_bytes)
+            self._count("all_gather", self._trained_bytes)
         if self._stage == 3:
-            self._count(2 * self._bytes_of_whole(True))
+            self._count("all_reduce", 2 * self._bytes_of_whole(True))
         return norm
 
     def _plain_step(self) -> float:
@@ -199,8 +200,8 @@ class DeepSpeedEngine:
             sums.zero_()
 
     @property
-    def comm_bytes(self) -> int:
-        """Bytes that this rank has sent to others for training since the start, by formula.
+    def sent_bytes(self) -> dict[str, int]:
+        """Bytes that this rank has sent to others for training since the start, by collective and by formula.
 
         With P bytes of trained parameters (gradients: in float32), w ranks, and ring collectives (an all-reduce of n
         bytes sends 2 n (w-1)/w, a reduce-scatter or an all-gather half of that):
@@ -210,15 +211,15 @@ class DeepSpeedEngine:
         - stage 2: 2 P (w-1)/w a window and P (w-1)/w a step;
         - stage 3: P (w-1)/w a window (reduce-scatter); with A bytes of sharded parameters, frozen ones included,
           A (w-1)/w for every forward, of a rollout too, and for every backward, which is an upper bound, because
-          DeepSpeed keeps parameters that it will use again soon; 2 K (w-1)/w a step for K bytes of small parameters
-          that are kept whole between steps.
+          DeepSpeed keeps parameters that it will use again soon; 2 K (w-1)/w a step (all-reduce) for K bytes of small
+          parameters that are kept whole between steps.
 
         Norms and flags, some bytes a step, are left out, and so are the buckets' paddings.
         """
-        return round(self._comm_bytes)
+        return {collective: round(sent) for collective, sent in self._sent.items()}
 
-    def _count(self, payload_bytes: int) -> None:
-        self._comm_bytes += payload_bytes * (self.world_size - 1) / self.world_size
+    def _count(self, collective: str, payload_bytes: int) -> None:
+        self._sent[collective] += payload_bytes * (self.world_size - 1) / self.world_size
 
     def _bytes_of_whole(self, whole: bool) -> int:
         """Stage 3: bytes of the parameters that each rank keeps whole, or of the others."""
@@ -226,7 +227,7 @@ class DeepSpeedEngine:
         return sum(p.ds_numel * p.element_size() for p in parameters if p.ds_persist == whole)
 
     def _count_gather(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-        self._count(self._bytes_of_whole(False))
+        self._count("all_gather", self._bytes_of_whole(False))
 
     @property
     def is_sharded(self) -> bool:

@@ -22,6 +22,11 @@ OWNED = {
     "scheduler": "optimizer.warmup_steps and optimizer.decay",
     "bf16": "policy.dtype",
     "bf16.enabled": "policy.dtype",
+    "bfloat16": "policy.dtype",
+    "torch_autocast": "policy.dtype",
+    "zero_optimization.zenflow": "engine.offload",
+    "zero_optimization.cpu_offload": "engine.offload",
+    "zero_optimization.cpu_offload_param": "engine.offload",
     "fp16.enabled": "policy.dtype",
     "data_types": "the trainer, which accumulates gradients in float32",
     "zero_optimization.stage": "engine.zero_stage",
@@ -46,16 +51,20 @@ def raw_config(block: EngineBlock) -> dict[str, Any]:
             raise RecipeError(f"engine.deepspeed: {block.deepspeed} is not readable as JSON: {error}") from error
         if not isinstance(raw, dict):
             raise RecipeError(f"engine.deepspeed: {block.deepspeed} holds no JSON object")
-    for path in _paths(raw):
+    for path, value in _paths(raw):
         if path in OWNED:
             raise RecipeError(f"engine.deepspeed.{path}: is set by {OWNED[path]}; leave it out")
+        # A null in place of a block would take out all that the recipe says in it.
+        if not isinstance(value, Mapping) and any(owned.startswith(f"{path}.") for owned in OWNED):
+            raise RecipeError(f"engine.deepspeed.{path}: is not {value!r} but a block of keys")
     return raw
 
 
-def _paths(raw: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
+def _paths(raw: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Every key with the names of the blocks around it, and its value."""
+    found: list[tuple[str, Any]] = []
     for key, value in raw.items():
-        found.append(f"{prefix}{key}")
+        found.append((f"{prefix}{key}", value))
         if isinstance(value, Mapping):
             found += _paths(value, f"{prefix}{key}.")
     return found

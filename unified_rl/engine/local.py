@@ -1,6 +1,6 @@
 """The engine of one process: plain PyTorch, the reference that the sharded engines must agree with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class LocalEngine:
 
     rank = 0
     world_size = 1
-    comm_bytes = 0
+    sent_bytes: Mapping[str, int] = {}
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, *, num_steps: int) -> None:
         self.module = module.to(distributed.device())

@@ -81,7 +81,7 @@ def picture_loss(policy: Policy, window: Window[PictureTarget], metrics: StepMet
     loss = pictures.new_zeros(len(prompts))
     for reward in target.parts.differentiable:
         values = reward.of(prompts, pictures)
-        metrics.add(f"rewards/{reward.name.rpartition(':')[2]}/with_grad", values, mask)
+        metrics.add(f"rewards/{reward.name}/with_grad", values, mask)
         short = -values if settings.margin is None else (settings.margin - values).clamp(min=0.0)
         loss = loss + reward.weight * short
     metrics.num_steps += float(mask.sum())

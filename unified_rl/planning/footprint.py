@@ -13,7 +13,7 @@ from typing import Any
 from unified_rl.planning.weights import BYTES, DENOISERS, Sizes, measure
 from unified_rl.recipe.policy import DiffusionSampling, ImageTokenSampling, PolicyBlock, TextSampling
 from unified_rl.recipe.schema import Recipe
-from unified_rl.recipe.step_counts import num_image_tokens
+from unified_rl.recipe.step_counts import num_image_tokens, num_turns
 
 LIBRARIES = 550 * 2**20
 """Bytes: Python with torch, diffusers and transformers loaded, which a CPU run's peak includes and a GPU's does not."""
@@ -63,26 +63,33 @@ def estimate(recipe: Recipe) -> Footprint | None:
     if sizes is None:
         return None
     sampling, folder = recipe.policy.sampling, Path(recipe.policy.model)
-    rows = recipe.engine.micro_batch
+    trajectories = 0  # of a language model: tokens and log-probs
     if isinstance(sampling, DiffusionSampling):
-        pipeline = _Pipeline(folder, recipe.policy, sampling)
-        activations = pipeline.activations(rows)
-        trajectories = recipe.samples_per_rollout * pipeline.stored_bytes
-    else:
-        trajectories = 0  # tokens and log-probs
-        activations = None
-        if isinstance(sampling, TextSampling | ImageTokenSampling):
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            activations = _language_model(config, recipe.policy, sampling, rows)
+        trajectories = recipe.samples_per_rollout * Pipeline(folder, recipe.policy, sampling).stored_bytes
     return Footprint(
         sizes=sizes,
         copies=4 * sizes.trained * len(recipe.all_snapshots),
         trajectories=trajectories,
-        activations=activations,
+        activations=window_activations(recipe, folder),
     )
 
 
-class _Pipeline:
+def window_activations(recipe: Recipe, folder: Path) -> int | None:
+    """Bytes that one window keeps for its backward pass, or None where the configuration says too little.
+
+    Args:
+        folder: with the model's configuration files.
+    """
+    sampling = recipe.policy.sampling
+    if isinstance(sampling, DiffusionSampling):
+        return Pipeline(folder, recipe.policy, sampling).activations(recipe.engine.micro_batch)
+    if isinstance(sampling, TextSampling | ImageTokenSampling):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _language_model(config, recipe, sampling)
+    return None
+
+
+class Pipeline:
     """What a pipeline's configuration files say about the size of its activations."""
 
     def __init__(self, folder: Path, policy: PolicyBlock, sampling: DiffusionSampling) -> None:
@@ -94,14 +101,11 @@ class _Pipeline:
         vae = _read(folder / "vae" / "config.json")
         native = self._denoiser.get("sample_size") or 64
         side = native[0] if isinstance(native, list) else native
-        # A VAE halves a picture between each two of its blocks.
-        self._scale = 2 ** (len(vae.get("block_out_channels") or [0]) - 1)
-        self._latent = tuple(
+        self._scale, per_frame = _compression(vae)
+        self.latent = tuple(
             int(self._call.get(key) or side * self._scale) // self._scale for key in ("height", "width")
         )
-        self._frames = (int(self._call.get("num_frames") or 1) - 1) // int(
-            vae.get("temperal_downsample_ratio") or 4
-        ) + 1
+        self.frames = (int(self._call.get("num_frames") or 1) - 1) // per_frame + 1
         tokenizer = _read(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length") or CLIP_TOKENS
         self._text = min(int(tokenizer), 512) + int(self._call.get("max_sequence_length") or 0)
 
@@ -109,11 +113,11 @@ class _Pipeline:
     def stored_bytes(self) -> int:
         """Of one sample: its states, and its picture."""
         channels = int(self._denoiser.get("in_channels") or 4)
-        height, width = self._latent
+        height, width = self.latent
         width_bytes = BYTES[self._sampling.state_dtype or self._policy.dtype]
         states = min(self._sampling.num_noisy + 2, self._sampling.num_inference_steps)
         picture = 3 * height * width * self._scale**2
-        return self._frames * (states * channels * height * width * width_bytes + picture)
+        return self.frames * (states * channels * height * width * width_bytes + picture)
 
     def activations(self, rows: int) -> int | None:
         """Bytes that one window of `rows` trajectories keeps for its backward pass."""
@@ -131,8 +135,8 @@ class _Pipeline:
         across = patch[-1] if isinstance(patch, list) else patch
         # FLUX, Qwen-Image and others pack 2 x 2 latents into a token before the denoiser.
         packed = 2 if across == 1 and int(config.get("in_channels") or 4) >= 64 else across
-        height, width = self._latent
-        tokens = self._frames * (height // packed) * (width // packed)
+        height, width = self.latent
+        tokens = self.frames * (height // packed) * (width // packed)
         return _blocks(self._policy, layers, (tokens + self._text) * hidden, PER_TOKEN[self._policy.adapter.kind])
 
     def _unet(self) -> int | None:
@@ -140,7 +144,7 @@ class _Pipeline:
         widths, kinds = config.get("block_out_channels"), config.get("down_block_types")
         if not isinstance(widths, list) or not isinstance(kinds, list) or len(widths) != len(kinds):
             return None
-        height, width = self._latent
+        height, width = self.latent
         depth = config.get("transformer_layers_per_block") or 1
         kept = largest = 0
         for level, (channels, kind) in enumerate(zip(widths, kinds, strict=True)):
@@ -156,9 +160,20 @@ class _Pipeline:
         return largest + kept // 4 if self._policy.memory.gradient_checkpointing else kept
 
 
-def _language_model(
-    config: dict[str, Any], policy: PolicyBlock, sampling: TextSampling | ImageTokenSampling, rows: int
-) -> int | None:
+def _compression(vae: dict[str, Any]) -> tuple[int, int]:
+    """Pixels that become one latent across, and frames that become one, as a VAE's configuration tells (diffusers'
+    classes differ in how)."""
+    # Wan, Qwen-Image: a flag for each halving of the picture; true: in time too
+    halvings = vae.get("temperal_downsample")
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0]
+    across = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio")
+    across = across or 2 ** (len(halvings) if halvings else len(blocks) - 1)
+    in_time = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio")
+    return int(across), int(in_time or (2 ** sum(halvings) if halvings else 4))
+
+
+def _language_model(config: dict[str, Any], recipe: Recipe, sampling: TextSampling | ImageTokenSampling) -> int | None:
+    policy, rows = recipe.policy, recipe.engine.micro_batch
     text = {**config, **(config.get("text_config") or {})}
     hidden, layers = text.get("hidden_size"), text.get("num_hidden_layers")
     completion: int | None
@@ -171,13 +186,16 @@ def _language_model(
     if not hidden or not layers or completion is None:
         return None
     inner = text.get("intermediate_size") or 4 * hidden
-    prompt = sampling.max_prompt_tokens or 256
-    tokens = prompt + completion
+    prompt = sampling.max_prompt_tokens or min(256, int(text.get("max_position_embeddings") or 256))
+    # A group's prompt is computed once; not with checkpointing, where rows are guided, or in an environment.
+    turns = num_turns(policy)
+    shares = isinstance(sampling, TextSampling) and turns == 1 and not policy.memory.gradient_checkpointing
+    prompts = math.ceil(rows / recipe.group_size) if shares else rows
+    tokens = prompts * prompt + rows * completion
     factor = (10 if policy.adapter.kind == "none" else 6) + 4 * inner / hidden
     values = _blocks(policy, layers, tokens * hidden, factor) * BYTES[policy.dtype]
     # Logits of the completions: the model's, the processed ones and their log-softmax in float32.
-    logits = completion * vocabulary * (BYTES[policy.dtype] + 8)
-    return rows * (values + logits)
+    return turns * (values + rows * completion * vocabulary * (BYTES[policy.dtype] + 8))
 
 
 def _blocks(policy: PolicyBlock, layers: int, stream: int, factor: float) -> int:

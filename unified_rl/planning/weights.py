@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unified_rl.errors import RecipeError
-from unified_rl.recipe.policy import PIPELINES, PolicyBlock
+from unified_rl.recipe.policy import PIPELINES, VISION, PolicyBlock
 
 DENOISERS = ("transformer", "unet", "prior")
 """Folders of a diffusers pipeline that hold what is trained; the first one that exists, and those that take its place
@@ -17,11 +17,10 @@ at some steps (transformer_2)."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _MAX_HEADER = 100_000_000  # the format's own limit
-# these two say what policies/lora.py and policies/causal_lm.py do, which cannot be imported without torch
+# says what policies/lora.py does, which cannot be imported without torch
 _ATTENTION = re.compile(
     r"(?:^|[._])(?:to_[qkv]|to_out\.0|to_add_out|add_[qkv]_proj|[qkvo]_proj|out_proj|qkv_proj|qkv|query|key|value|c_attn)$"
 )
-_VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder|vqmodel)\.")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -44,12 +43,18 @@ class Sizes:
 
 
 def measure(policy: PolicyBlock, *, with_reference: bool) -> Sizes | None:
-    """The sizes of a policy, or None if its weights are not here as safetensors.
+    """The sizes of a policy, or None if its weights are not here as safetensors."""
+    folders = _component_folders(Path(policy.model), policy.family)
+    return sizes_of(policy, {name: read_shapes(path) for name, path in folders.items()}, with_reference=with_reference)
 
-    `with_reference` counts the frozen copy that a KL term needs; an adapter needs none, it is switched off instead.
+
+def sizes_of(policy: PolicyBlock, components: dict[str, Shapes], *, with_reference: bool) -> Sizes | None:
+    """The sizes of a policy, or None if what is trained is not among the components.
+
+    Args:
+        components: shapes of the parameters of each component folder ("model" for a transformers model).
+        with_reference: counts the frozen copy that a KL term needs; an adapter needs none, it is switched off instead.
     """
-    folder = Path(policy.model)
-    components = {name: read_shapes(path) for name, path in _component_folders(folder, policy.family).items()}
     components = {name: shapes for name, shapes in components.items() if shapes}
     names = trained_components(components)
     if not names:
@@ -120,7 +125,7 @@ def _read_header(file: Path) -> Shapes:
 def _count_trained(policy: PolicyBlock, shapes: Shapes) -> int:
     adapter, patterns = policy.adapter, policy.train
     if policy.family not in PIPELINES and (patterns is None or adapter.kind == "lora"):
-        shapes = {name: shape for name, shape in shapes.items() if not _VISION.search(name)}
+        shapes = {name: shape for name, shape in shapes.items() if not VISION.search(name)}
     if adapter.kind == "lora":
         adapted = [shape for name, shape in shapes.items() if len(shape) == 2 and _is_target(name, adapter.targets)]
         return sum(adapter.rank * (rows + columns) for rows, columns in adapted)

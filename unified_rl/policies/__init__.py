@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     import torch
 
     from unified_rl.protocols import Policy
-    from unified_rl.recipe.policy import PolicyBlock
     from unified_rl.recipe.schema import Recipe
 
 
@@ -44,11 +43,15 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
             from unified_rl.policies.masked_text import MaskedTextPolicy
 
             return MaskedTextPolicy.load(block, evaluation=evaluation, with_reference=with_reference, device=device)
+        from unified_rl.data.environments import load_environment
+        from unified_rl.policies.action import ActionPolicy
         from unified_rl.policies.causal_lm import CausalLMPolicy
         from unified_rl.policies.image_tokens import ImageTokensPolicy
 
         kind = ImageTokensPolicy if block.family == "image_tokens" else CausalLMPolicy
-        return kind.load(
+        around = block.environment
+        make = None if around is None else load_environment(around.name, around.arguments)
+        policy = kind.load(
             block,
             evaluation=evaluation,
             with_reference=with_reference,
@@ -58,25 +61,30 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
             ),
             device=device,
         )
+        if around is None or make is None:
+            return policy
+        return ActionPolicy(policy, make, max_turns=around.max_turns)
     except OSError as error:  # what both libraries raise for a missing or unreadable checkpoint
         reason = " ".join(str(error).split())
         raise RecipeError(f"policy.model: {block.model} cannot be loaded: {reason}") from error
 
 
-def check_rows(block: "PolicyBlock", rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Make sure, before the model is loaded, that it can take the conditions that the rows of a dataset bring.
+def check_rows(recipe: "Recipe", rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Make sure, before the model is loaded, that it can take the conditions that the rows of a dataset bring, and as
+    many rows at once as the recipe says.
 
     Args:
         where: the recipe key of the rows, for instance "data.prompts"; errors begin with it.
 
     Raises:
-        RecipeError: if a pipeline has no argument for a condition, or needs one that rows lack.
+        RecipeError: if a pipeline has no argument for a condition, needs one that rows lack, or takes one row a call.
     """
-    if block.family == "diffusion":
-        from unified_rl.policies.conditions import check_conditions
+    if recipe.policy.family == "diffusion":
+        from unified_rl.policies.conditions import check_batches, check_conditions
 
         _quiet_libraries()
-        check_conditions(block, rows, where)
+        check_conditions(recipe.policy, rows, where)
+        check_batches(recipe.policy, recipe.engine)
 
 
 def _quiet_libraries() -> None:

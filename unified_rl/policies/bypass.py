@@ -61,7 +61,7 @@ def _template(output: Any, num_rows: int) -> Any:
         if output.shape[0] % num_rows:
             raise UnsupportedPipelineError(f"the denoiser gave {output.shape[0]} rows for {num_rows} samples")
         return (output.shape[0] // num_rows, tuple(output.shape[1:]), output.dtype)
-    if isinstance(output, BaseOutput):
+    if isinstance(output, dict):  # a BaseOutput, or by the number of a block (Z-Image's ControlNet)
         return (type(output), {key: _template(value, num_rows) for key, value in output.items()})
     if isinstance(output, (tuple, list)):
         return (type(output), [_template(value, num_rows) for value in output])
@@ -78,5 +78,6 @@ def _zeros(template: Any, num_rows: int, device: torch.device) -> Any:
         return torch.zeros((rows * num_rows, *shape), dtype=dtype, device=device)
     kind, parts = template
     if isinstance(parts, dict):
-        return kind(**{key: _zeros(value, num_rows, device) for key, value in parts.items()})
+        zeros = {key: _zeros(value, num_rows, device) for key, value in parts.items()}
+        return kind(**zeros) if issubclass(kind, BaseOutput) else zeros
     return kind(_zeros(value, num_rows, device) for value in parts)

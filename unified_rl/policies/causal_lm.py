@@ -19,20 +19,18 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
     GenerationConfig,
     LogitsProcessorList,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from unified_rl.errors import RecipeError
+from unified_rl.policies.attention import load_with_attention
 from unified_rl.policies.categorical_head import CategoricalHead, processors, score, suppressed_ids
 from unified_rl.policies.frozen_tower import find_towers, remember
+from unified_rl.policies.generators import loader_of
 from unified_rl.policies.hidden_states import catching, of_completions
-from unified_rl.policies.lora import make_trained, restore_model
+from unified_rl.policies.lora import make_trained, reference_of, restore_model
 from unified_rl.policies.memo import Memo
 from unified_rl.policies.probing import float32_probes, prefill_probe, switched_off
 from unified_rl.policies.savings import recomputing
@@ -40,6 +38,7 @@ from unified_rl.policies.sharded import is_sharded, with_stand_ins
 from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.teacher_forcing import can_share, plain_logits, shared_logits
 from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds, recorded_tokens, told_tokens
+from unified_rl.policies.without_videos import load_processor
 from unified_rl.protocols import Probe
 from unified_rl.recipe.policy import PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
@@ -112,18 +111,19 @@ class CausalLMPolicy:
         entropy_gradient: bool,
         device: torch.device,
     ) -> "CausalLMPolicy":
-        """Load a model and its processor from a folder or the hub; never runs remote code."""
+        """Load a model and its processor from a folder or the hub; never runs remote code.
+
+        Raises:
+            RecipeError: if it is no decoder that transformers generates with.
+        """
         config = AutoConfig.from_pretrained(block.model, revision=block.revision)
-        multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        loader: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-        attention = {} if block.attention is None else {"attn_implementation": block.attention}
-        model = loader.from_pretrained(
-            block.model, revision=block.revision, dtype=getattr(torch, block.dtype), **attention
+        load = functools.partial(
+            loader_of(config).from_pretrained, block.model, revision=block.revision, dtype=getattr(torch, block.dtype)
         )
-        processor = AutoProcessor.from_pretrained(block.model, revision=block.revision)
+        model = load_with_attention(load, block.attention)
         return cls(
             model.to(device),
-            processor,
+            load_processor(block.model, block.revision),
             block,
             evaluation=evaluation,
             with_reference=with_reference,
@@ -155,6 +155,10 @@ class CausalLMPolicy:
         rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         known = [row[:length] for row, length in zip(log_probs, lengths, strict=True)]
         return self._trajectory(prompts, inputs, rows, known)
+
+    def check(self, prompt: Prompt) -> None:
+        """See `unified_rl.protocols.ChecksPrompts`."""
+        self._inputs.prepare(prompt, self._settings[False])
 
     def record(self, prompts: Sequence[Prompt], recorded: Sequence[Recorded]) -> Trajectory:
         """Recorded texts as trajectories.
@@ -312,20 +316,12 @@ class CausalLMPolicy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The adapter switched off, or the frozen copy in the model's place."""
-        lora = self._block.adapter.kind == "lora"
-        if not lora and self._reference is None:
-            raise RuntimeError("this policy was built without a reference")
-        if lora:
-            self.module.disable_adapters()
-        self._active = self.module if lora else self._reference
-        self._in_reference = True
-        try:
-            yield
-        finally:
-            self._in_reference = False
-            self._active = self.module
-            if lora:
-                self.module.enable_adapters()
+        with reference_of(self.module, self._reference, self._block.adapter) as self._active:
+            self._in_reference = True
+            try:
+                yield
+            finally:
+                self._active, self._in_reference = self.module, False
 
     def save(self, directory: Path) -> None:
         """Full fine-tuning: model and processor; LoRA: peft's adapter files and the processor."""

@@ -13,7 +13,9 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from unified_rl.errors import RecipeError, nearest
+from unified_rl.policies.pipeline_table import takes_one_row
 from unified_rl.recipe.policy import DiffusionSampling, PolicyBlock
+from unified_rl.recipe.schema import EngineBlock
 
 ALWAYS = re.compile(
     r"^(images?|.*_image|(.*_)?video|negative_prompt(_\d)?|prompt_\d|height|width|num_frames|strength)$"
@@ -41,14 +43,56 @@ def check_conditions(block: PolicyBlock, rows: Sequence[Mapping[str, Any]], wher
     Raises:
         RecipeError: naming the column.
     """
+    assert isinstance(block.sampling, DiffusionSampling)
+    kind = _class_of(block)
+    if kind is not None:
+        check_columns(kind, rows, settings=block.sampling.call, where=where)
+
+
+def check_batches(block: PolicyBlock, engine: EngineBlock) -> None:
+    """Refuse batches for a class that takes one row a call.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    kind = _class_of(block)
+    if kind is None or not takes_one_row(kind.__name__):
+        return
+    for key, rows in (("micro_batch", engine.micro_batch), ("rollout_batch", engine.rollout_batch)):
+        if rows not in (1, None):
+            raise RecipeError(f"engine.{key}: {kind.__name__} takes one row a call, not {rows}; say 1")
+
+
+def check_tokens(block: PolicyBlock, argument: str, pixels: tuple[int, int]) -> None:
+    """Refuse tokens of another model that the pipeline's call has no argument for, or that are for another size.
+
+    Args:
+        block: names the pipeline; only its index is read.
+        argument: of the call, for the tokens.
+        pixels: height and width of the pictures that the tokens are for.
+
+    Raises:
+        RecipeError: if so.
+    """
+    assert isinstance(block.sampling, DiffusionSampling)
+    kind, call = _class_of(block), block.sampling.call
+    if kind is not None and argument not in inspect.signature(kind.__call__).parameters:
+        raise RecipeError(f"policy.writer: {kind.__name__} takes no {argument}, which the writer draws")
+    if (call.get("height"), call.get("width")) != pixels:
+        raise RecipeError(
+            f"policy.sampling.call: the writer's tokens are for height: {pixels[0]}, width: {pixels[1]}; say so here,"
+            " or change policy.writer.sampling.processor"
+        )
+
+
+def _class_of(block: PolicyBlock) -> type | None:
+    """The pipeline's class; None: one of the user's own, which is known once it is loaded."""
     try:
         index = DiffusionPipeline.load_config(block.model, revision=block.revision)
     except OSError as error:
         raise RecipeError(f"policy.model: {block.model} cannot be read: {' '.join(str(error).split())}") from error
     name = index["_class_name"]
-    assert isinstance(block.sampling, DiffusionSampling)
-    if isinstance(name, str) and hasattr(diffusers, name):  # a class of the user's own is known once it is loaded
-        check_columns(getattr(diffusers, name), rows, settings=block.sampling.call, where=where)
+    return getattr(diffusers, name) if isinstance(name, str) and hasattr(diffusers, name) else None
 
 
 def check_columns(

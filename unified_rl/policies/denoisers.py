@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from torch import nn
 
+from unified_rl.errors import RecipeError, nearest
+from unified_rl.imports import one_line
 from unified_rl.policies.denoiser_lora import add_adapter, restore_adapter, save_adapter, switch_adapters
 from unified_rl.policies.lora import lora_config, select_trained
-from unified_rl.policies.pipeline_call import denoiser_names
+from unified_rl.policies.pipeline_call import companion_names, denoiser_names
 from unified_rl.recipe.policy import PolicyBlock
 
 
@@ -32,10 +35,11 @@ class Denoisers:
         """
         self._pipeline, self._lora = pipeline, block.adapter.kind == "lora"
         self.parts: dict[str, Any] = {name: getattr(pipeline, name) for name in denoiser_names(pipeline)}
+        self._companions: list[nn.Module] = [getattr(pipeline, name) for name in companion_names(pipeline)]
         self._copies: dict[str, nn.Module] = {}
         for name, part in self.parts.items():
             if block.attention is not None:
-                part.set_attention_backend(block.attention)
+                _set_attention(part, block.attention)
             if self._lora:
                 add_adapter(part, lora_config(part, block.adapter))
                 continue
@@ -54,8 +58,10 @@ class Denoisers:
 
     @contextmanager
     def wrapped(self, denoise: Callable) -> Iterator[None]:
-        """Inside it, `denoise(forward, ...)` stands in for the forward of each of them."""
-        parts = [getattr(self._pipeline, name) for name in self.parts]  # the reference's, inside `reference`
+        """Inside it, `denoise(forward, ...)` stands in for the forward of each of them, and of the frozen models that
+        compute beside them at each step."""
+        trained = [getattr(self._pipeline, name) for name in self.parts]  # the reference's, inside `reference`
+        parts: list[Any] = [*trained, *self._companions]
         for part in parts:
             part.forward = functools.wraps(part.forward)(functools.partial(denoise, part.forward))
         try:
@@ -103,3 +109,27 @@ class Denoisers:
             else:
                 saved = type(part).from_pretrained(directory / name, dtype=part.dtype)
                 part.load_state_dict(saved.state_dict())
+
+
+def _set_attention(part: Any, name: str) -> None:
+    """
+    Raises:
+        RecipeError: if diffusers does not know the backend or cannot run it here, or the denoiser takes none.
+    """
+    if not any(hasattr(processor, "_attention_backend") for processor in _processors(part)):
+        raise RecipeError(
+            f"policy.attention: {type(part).__name__} has no attention that takes a backend; leave it out"
+        )
+    valid = [backend.value for backend in AttentionBackendName]
+    if name not in valid:
+        raise RecipeError(f"policy.attention: no backend {name!r} of diffusers{nearest(name, valid)}")
+    try:
+        with attention_backend():  # which diffusers also makes the choice of every other model of the process
+            part.set_attention_backend(name)
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise RecipeError(f"policy.attention: {name} cannot run here: {one_line(error)}") from error
+
+
+def _processors(part: Any) -> Iterator[Any]:
+    """What computes the attention of each of its layers."""
+    yield from (module.processor for module in part.modules() if "processor" in dir(module))

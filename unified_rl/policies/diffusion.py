@@ -25,8 +25,8 @@ from unified_rl.policies.denoising import PredictPass, first_latents
 from unified_rl.policies.encoders import Encoders
 from unified_rl.policies.latent_states import StartPass, latent_states
 from unified_rl.policies.noise_plan import group_seed, noisy_steps, shares_initial_noise
-from unified_rl.policies.pipeline_call import call_arguments, rows_of
-from unified_rl.policies.pipeline_table import refusal
+from unified_rl.policies.pipeline_call import call_arguments, generators, rows_of
+from unified_rl.policies.pipeline_table import refusal, takes_one_row
 from unified_rl.policies.probing import UNGUIDED, UNGUIDED_REMEDY, float32_probes, switched_off, without_guidance
 from unified_rl.policies.scheduler_head import (
     LoopLeft,
@@ -86,7 +86,7 @@ class DiffusionPolicy:
         self._settings: dict[bool, Any] = {False: block.sampling, True: evaluation or block.sampling}
         self._call_defaults = dict(call_defaults or {})
         self._head = SchedulerHead()
-        if "scheduler" not in pipeline.components:
+        if "scheduler" not in pipeline.config:  # `components` leaves out those that `__init__` makes itself
             raise UnsupportedPipelineError(f"{type(pipeline).__name__}: no component named scheduler")
         self._take_scheduler()
         pipeline.set_progress_bar_config(disable=True)
@@ -98,6 +98,7 @@ class DiffusionPolicy:
         savings.apply(pipeline, [*self._denoisers.parts.values()], block)
         self._fast_forward = self._guided = True
         self._encoders = Encoders(pipeline, block.memory.text_encoders)
+        self._one_row = takes_one_row(type(pipeline).__name__)
 
     def _take_scheduler(self) -> None:
         """Put the policy head in the place of the pipeline's scheduler."""
@@ -122,12 +123,13 @@ class DiffusionPolicy:
         with_reference: bool,
         device: torch.device,
         seed: int = 0,
+        without: Sequence[str] = (),
     ) -> "DiffusionPolicy":
-        """Load a pipeline from a folder or the hub, without the components that its index marks as absent (diffusers
-        wants those named, for instance text_encoder_3=None)."""
+        """Load a pipeline from a folder or the hub, but not the components of `without` and those that its index marks
+        as absent (diffusers wants those named, for instance text_encoder_3=None)."""
         index = DiffusionPipeline.load_config(block.model, revision=block.revision)
         cls._refuse(str(index["_class_name"]))
-        absent = {name: None for name, value in index.items() if value == [None, None]}
+        absent = {name: None for name, value in index.items() if value == [None, None] or name in without}
         pipeline = DiffusionPipeline.from_pretrained(
             block.model, revision=block.revision, dtype=getattr(torch, block.dtype), **absent
         ).to(device)
@@ -349,9 +351,9 @@ class DiffusionPolicy:
         given = {**self._call_defaults, **settings.call, "num_inference_steps": settings.num_inference_steps, **more}
         if not self._guided:
             given |= without_guidance(type(self._pipeline), given)
-        arguments = call_arguments(type(self._pipeline), prompts, given)
+        arguments = call_arguments(type(self._pipeline), prompts, given, lone=self._one_row)
         if "generator" in arguments:
-            arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self._encoders.seeds]
+            arguments["generator"] = generators(self._encoders.seeds)
         # Without the pipeline's torch.no_grad: sampling brings its own, scoring wants gradients.
         return inspect.unwrap(type(self._pipeline).__call__)(self._pipeline, **arguments)
 
@@ -365,6 +367,10 @@ class DiffusionPolicy:
         noisy: list[int] | None,
     ) -> Iterator[None]:
         """Drive the loop by `tape`, the denoiser's forward wrapped by `denoise`."""
+        if self._one_row and len(prompts) > 1:
+            raise UnsupportedPipelineError(
+                f"{type(self._pipeline).__name__} takes one row a call (engine.rollout_batch and micro_batch: 1)"
+            )
         self._begin(tape, settings, noisy)
         self._encoders.seeds = self._noise_seeds(prompts, settings)
         devices = [self._device] if self._device.type == "cuda" else []

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from unified_rl.errors import RecipeError
-from unified_rl.policies.memo import Memo
+from unified_rl.policies.picture_memo import PictureMemo
 from unified_rl.policies.scheduler_head import LoopLeft
 
 UNLIMITED = 1 << 62
@@ -28,11 +28,13 @@ class Encoders:
         """
         self.seeds: list[int] = []
         """Of the rows of the current call; they draw what the pipeline draws without a generator."""
-        self._memo = Memo(UNLIMITED) if mode == "drop" else Memo()
+        self._memo = PictureMemo(UNLIMITED) if mode == "drop" else PictureMemo()
         self._text = TextEncoders(pipeline, mode)
         self._alone = False
         if hasattr(pipeline, "encode_prompt"):
             pipeline.encode_prompt = self._remembered(pipeline.encode_prompt)
+        for name in _encoding_batches(pipeline):
+            setattr(pipeline, name, functools.partial(self._text_whole, name, getattr(pipeline, name)))
         for name, component in pipeline.components.items():
             method = {"image_encoder": "forward", "vae": "encode"}.get(name)
             if method is not None and isinstance(component, nn.Module):
@@ -52,7 +54,7 @@ class Encoders:
     @contextmanager
     def afresh(self) -> Iterator[None]:
         """Inside it, nothing is known of what was encoded before."""
-        known, self._memo = self._memo, Memo()
+        known, self._memo = self._memo, PictureMemo()
         try:
             yield
         finally:
@@ -79,9 +81,19 @@ class Encoders:
 
         return remembered
 
+    def _text_whole(self, name: str, encode: Callable, *args: Any, **kwargs: Any) -> Any:
+        """A text encoder's result for a whole batch by content."""
+
+        def brought(*args: Any, **kwargs: Any) -> Any:
+            self._text.bring()
+            return encode(*args, **kwargs)
+
+        with self._text.encoding():
+            return self._memo.whole(name, brought, args, kwargs)
+
     def _remember_whole(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """A frozen encoder's result by content; a VAE's draw without a generator comes from the rows' own seeds."""
-        result = self._memo.whole(name, function, args, kwargs)
+        result = self._memo.pictures(name, function, args, kwargs)
         distribution = getattr(result, "latent_dist", None)
         if isinstance(distribution, DiagonalGaussianDistribution) and len(distribution.mean) % len(self.seeds) == 0:
             draw: Callable = functools.partial(type(distribution).sample, distribution)
@@ -92,6 +104,11 @@ class Encoders:
 
             distribution.sample = sample  # type: ignore[method-assign]
         return result
+
+
+def _encoding_batches(pipeline: Any) -> list[str]:
+    """Methods that encode prompts together with their pictures, of which no row has a fixed number."""
+    return [name for name in dir(type(pipeline)) if name.startswith("encode_prompt_")]
 
 
 class TextEncoders:
@@ -106,7 +123,8 @@ class TextEncoders:
             mode: "keep", "offload" or "drop".
 
         Raises:
-            RecipeError: if the pipeline does not encode through `encode_prompt`, where it can be watched.
+            RecipeError: if the pipeline does not encode through `encode_prompt`, where it can be watched, or batches
+                of prompts and pictures are to be encoded before they are known.
         """
         found = [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
         encoders = [part for part in found if isinstance(part, nn.Module)]
@@ -114,8 +132,14 @@ class TextEncoders:
         self._gone = False
         if mode == "keep":
             return
-        if not encoders or not hasattr(pipeline, "encode_prompt"):
+        batches = _encoding_batches(pipeline)
+        if not encoders or not (hasattr(pipeline, "encode_prompt") or batches):
             raise RecipeError(f"policy.memory.text_encoders: {type(pipeline).__name__} has none to {mode}")
+        if batches and mode == "drop":
+            raise RecipeError(
+                f"policy.memory.text_encoders: {type(pipeline).__name__} encodes prompts and pictures batch by batch"
+                f" ({batches[0]}), which cannot be done before the run; use offload"
+            )
         for encoder in encoders:
             self._weights |= {parameter: parameter.data.cpu() for parameter in encoder.parameters()}
         self._put_away()

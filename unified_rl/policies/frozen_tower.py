@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from unified_rl.policies.memo import Memo, has_rows
+from unified_rl.policies.sharded import is_sharded
 
 
 def find_towers(model: Any) -> list[nn.Module]:
@@ -46,8 +47,10 @@ class Remembered:
         """Of a result whose tensors all have a row a picture; None: not so, or no batch of several pictures yet."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(parameter.numel() == 0 for parameter in self._tower.parameters()):
-            # Sharded (ZeRO-3): its layers gather their weights together on all ranks, so all must run alike.
+        if is_sharded(self._tower):
+            # Its layers gather their weights together on all ranks, so all must run alike. That one rank remembers a
+            # picture and another does not is an error even while the weights are whole: DeepSpeed compares the order
+            # in which the ranks call their modules.
             return self._compute(*args, **kwargs)
         name = f"{self._name} in {next(self._tower.parameters()).dtype}"  # a probe may raise it
         num_pictures = _num_pictures([*args, *kwargs.values()])

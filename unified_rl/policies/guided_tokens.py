@@ -50,6 +50,10 @@ class _Prompts:
     def positions(self) -> Tensor:
         return (self.mask.cumsum(1) - 1).clamp(min=0)
 
+    def after(self, offsets: Tensor) -> Tensor:
+        """Positions of what follows the prompts: [R, S] for offsets [S], [axes, R, S] for [axes, S]."""
+        return self.mask.sum(1, keepdim=True) + offsets.to(self.mask.device)[..., None, :]
+
 
 def sample(model: Any, drawing: Drawing, rows: Sequence[Row], uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one picture a row, without gradients; each distinct prompt is computed once.
@@ -77,7 +81,8 @@ def sample(model: Any, drawing: Drawing, rows: Sequence[Row], uniforms: Tensor) 
         ).last_hidden_state[:, -1]
         owner = torch.tensor([distinct.index(side) for side in sides], device=model.device)
         cache.reorder_cache(owner)  # type: ignore[arg-type]  # annotated as LongTensor
-        hidden, mask, position = hidden[owner], prompts.mask[owner], prompts.positions[owner, -1:]
+        hidden, mask = hidden[owner], prompts.mask[owner]
+        positions = prompts.after(family.offsets)[..., owner, :]
         step = 0
         for place, token in enumerate(family.layout):
             if token == DRAWN:
@@ -91,11 +96,11 @@ def sample(model: Any, drawing: Drawing, rows: Sequence[Row], uniforms: Tensor) 
                 embeds = model.get_input_embeddings()(fixed)
             if place == len(family.layout) - 1:
                 break
-            mask, position = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1), position + 1
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             hidden = backbone(
                 inputs_embeds=embeds,
                 attention_mask=mask,
-                position_ids=position,
+                position_ids=positions[..., place : place + 1],
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]
@@ -124,11 +129,13 @@ def evaluate(
     # The last token is drawn and never read.
     embeds = torch.cat([words(prompts.ids), read[:, :-1].repeat(copies, 1, 1)], dim=1)
     mask = torch.cat([prompts.mask, prompts.mask.new_ones(len(sides), read.shape[1] - 1)], dim=1)
+    behind = prompts.after(family.offsets[..., :-1])
+    positions = torch.cat([prompts.positions.expand(*behind.shape[:-1], -1), behind], dim=-1)
     hidden = (
         family.backbone(model)(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=_Prompts(ids=prompts.ids, mask=mask).positions,
+            position_ids=positions,
             use_cache=False,
         )
         .last_hidden_state[:, prompts.ids.shape[1] - 1 :]

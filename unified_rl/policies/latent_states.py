@@ -24,7 +24,7 @@ class StartPass:
 
 
 def latent_states(name: str, tape: StartPass, segment: Segment, steps: slice, scheduler: Any) -> StepStates:
-    """Latents [B, s, C, ...] before each of the steps, and their times in [0, 1].
+    """Latents [B, s, C, ...] before each of the steps, and their times in [0, 1], 1 being noise.
 
     A deterministic step, which is no decision, may start from latents that were not stored: zeros stand for them.
 
@@ -55,4 +55,6 @@ def latent_states(name: str, tape: StartPass, segment: Segment, steps: slice, sc
         before = before.transpose(2, 3)
     times = torch.as_tensor(scheduler.timesteps, dtype=torch.float32)[-num_steps:][steps]
     level = times / scheduler.config.num_train_timesteps
+    if scheduler.config.get("invert_sigmas", False):  # told by the clean sample's share
+        level = 1 - level
     return StepStates(state=before, level=level.to(before.device).expand(len(reached), -1))

@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from unified_rl.errors import RecipeError
-from unified_rl.recipe.policy import Adapter, PolicyBlock
+from unified_rl.recipe.policy import VISION, Adapter, PolicyBlock
 
 _ATTENTION = re.compile(
     r"(?:^|[._])(?:to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"
     r"|q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|qkv|query_key_value|query|key|value|c_attn)$"
 )
-
-VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder|vqmodel)\.")
-"""Parts of language models that stay frozen unless `policy.train` names them."""
 
 
 def make_trained(model: Any, block: PolicyBlock, *, with_reference: bool) -> nn.Module | None:
@@ -45,6 +43,26 @@ def make_trained(model: Any, block: PolicyBlock, *, with_reference: bool) -> nn.
     if block.memory.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return reference
+
+
+@contextmanager
+def reference_of(model: Any, copy_of_it: nn.Module | None, adapter: Adapter) -> Iterator[nn.Module]:
+    """What stands in for a trained model as its reference: the frozen copy, or the model itself with its adapter
+    switched off.
+
+    Args:
+        copy_of_it: what `make_trained` returned.
+    """
+    if adapter.kind != "lora":
+        if copy_of_it is None:
+            raise RuntimeError("this policy was built without a reference")
+        yield copy_of_it
+        return
+    model.disable_adapters()
+    try:
+        yield model
+    finally:
+        model.enable_adapters()
 
 
 def target_names(module: nn.Module, adapter: Adapter, exclude: re.Pattern[str] | None = None) -> list[str]:

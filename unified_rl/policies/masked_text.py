@@ -19,7 +19,7 @@ from unified_rl.errors import RecipeError, nearest
 from unified_rl.policies.block_denoisers import BlockDenoiser, CanvasBlocks, MaskedBlocks
 from unified_rl.policies.block_head import BlockTape, State
 from unified_rl.policies.categorical_head import processors, score, suppressed_ids
-from unified_rl.policies.lora import make_trained, restore_model
+from unified_rl.policies.lora import make_trained, reference_of, restore_model
 from unified_rl.policies.masked_text_model import load_model
 from unified_rl.policies.probing import float32_probes
 from unified_rl.policies.savings import recomputing
@@ -100,6 +100,10 @@ class MaskedTextPolicy:
         """Load a model and its tokenizer from a folder or the hub; see `load_model` about its repository's code."""
         model, tokenizer = load_model(block)
         return cls(model.to(device), tokenizer, block, evaluation=evaluation, with_reference=with_reference)
+
+    def check(self, prompt: Prompt) -> None:
+        """See `unified_rl.protocols.ChecksPrompts`."""
+        self._inputs.prepare(prompt, self._settings[False])
 
     def sample(self, prompts: Sequence[Prompt], *, evaluation: bool = False) -> Trajectory:
         """Fill in a text for each prompt; a step's log-prob is the sum over the tokens that it keeps, or the
@@ -216,18 +220,11 @@ class MaskedTextPolicy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The adapter switched off, or the frozen copy in the model's place."""
-        lora = self._block.adapter.kind == "lora"
-        if not lora and self._reference is None:
-            raise RuntimeError("this policy was built without a reference")
-        if lora:
-            self.module.disable_adapters()
-        self._active = self.module if lora else self._reference
-        try:
-            yield
-        finally:
-            self._active = self.module
-            if lora:
-                self.module.enable_adapters()
+        with reference_of(self.module, self._reference, self._block.adapter) as self._active:
+            try:
+                yield
+            finally:
+                self._active = self.module
 
     def probes(self) -> list[Probe]:
         """Low precision."""

@@ -1,5 +1,6 @@
 """Loading a text denoiser; the code of its repository runs only where the recipe allows it."""
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from unified_rl.errors import RecipeError
+from unified_rl.policies.attention import load_with_attention
 from unified_rl.recipe.policy import PolicyBlock
 
 OFFERED = {each.__name__: each for each in (AutoModelForMaskedLM, AutoModelForCausalLM, AutoModel)}
@@ -34,9 +36,8 @@ def load_model(block: PolicyBlock) -> tuple[Any, Any]:
     if block.trust_remote_code:
         revision |= {"code_revision": block.revision}
     given: dict[str, Any] = {"trust_remote_code": block.trust_remote_code, **revision}
-    attention = {} if block.attention is None else {"attn_implementation": block.attention}
-    model = loader.from_pretrained(block.model, dtype=getattr(torch, block.dtype), **given, **attention)
-    return model, AutoTokenizer.from_pretrained(block.model, **given)
+    load = functools.partial(loader.from_pretrained, block.model, dtype=getattr(torch, block.dtype), **given)
+    return load_with_attention(load, block.attention), AutoTokenizer.from_pretrained(block.model, **given)
 
 
 def _loader(config: dict[str, Any], block: PolicyBlock) -> Any:

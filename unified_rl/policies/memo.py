@@ -16,12 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unified_rl.recipe.policy import REMEMBERED_BYTES
 
-class _OpaqueError(Exception):
+
+class OpaqueError(Exception):
     """An argument has no content to compare by."""
 
 
-def _fingerprint(value: Any) -> Hashable:
+def fingerprint(value: Any) -> Hashable:
+    """Equal for equal content.
+
+    Raises:
+        OpaqueError: if there is none to compare by.
+    """
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return ("tensor", str(value.dtype), tuple(value.shape), hashlib.sha256(raw).digest())
@@ -30,12 +37,12 @@ def _fingerprint(value: Any) -> Hashable:
     if isinstance(value, Image.Image):
         return ("image", value.mode, value.size, hashlib.sha256(value.tobytes()).digest())
     if isinstance(value, (list, tuple)):
-        return tuple(_fingerprint(item) for item in value)
+        return tuple(fingerprint(item) for item in value)
     if isinstance(value, dict):
-        return tuple((key, _fingerprint(item)) for key, item in sorted(value.items()))
+        return tuple((key, fingerprint(item)) for key, item in sorted(value.items()))
     if value is None or isinstance(value, (str, bool, int, float, torch.device, torch.dtype)):
         return (type(value).__name__, value)
-    raise _OpaqueError
+    raise OpaqueError
 
 
 def _num_bytes(value: Any) -> int:
@@ -49,7 +56,7 @@ def _num_bytes(value: Any) -> int:
 class Memo:
     """A content-addressed store of results, the least recently used ones dropped beyond `max_bytes`."""
 
-    def __init__(self, max_bytes: int = 1 << 30) -> None:
+    def __init__(self, max_bytes: int = REMEMBERED_BYTES) -> None:
         self._store: OrderedDict[Hashable, Any] = OrderedDict()
         self._max_bytes = max_bytes
         self._held_bytes = 0
@@ -67,11 +74,15 @@ class Memo:
         self._store.move_to_end(key)
         return self._store[key]
 
+    def knows(self, keys: Sequence[Hashable]) -> bool:
+        """Whether all of them are kept."""
+        return all(key in self._store for key in keys)
+
     def whole(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """`function(*args, **kwargs)` without gradients, remembered by the content of the arguments."""
         try:
-            key = (name, _fingerprint(args), _fingerprint(kwargs))
-        except _OpaqueError:
+            key = (name, fingerprint(args), fingerprint(kwargs))
+        except OpaqueError:
             key = None
         if key is not None and key in self._store:
             return self._get(key)
@@ -87,7 +98,7 @@ class Memo:
         positions of its tokens). A result that does not split falls back to `whole`."""
         try:
             shared, rows = _split_arguments(args, kwargs, num_rows)
-        except _OpaqueError:
+        except OpaqueError:
             return self.whole(name, function, args, kwargs)
 
         def compute(*index: int) -> Any:
@@ -169,10 +180,10 @@ def _is_per_row(value: Any, num_rows: int) -> bool:
 def _split_arguments(args: tuple, kwargs: dict, num_rows: int) -> tuple[Hashable, list[Hashable]]:
     named = [*enumerate(args), *sorted(kwargs.items())]
     per_row = [value for _, value in named if _is_per_row(value, num_rows)]
-    shared = tuple((key, _fingerprint(value)) for key, value in named if not _is_per_row(value, num_rows))
+    shared = tuple((key, fingerprint(value)) for key, value in named if not _is_per_row(value, num_rows))
     if not per_row:
-        raise _OpaqueError
-    return shared, [tuple(_fingerprint(value[row]) for value in per_row) for row in range(num_rows)]
+        raise OpaqueError
+    return shared, [tuple(fingerprint(value[row]) for value in per_row) for row in range(num_rows)]
 
 
 def _pick(value: Any, index: Sequence[int], num_rows: int) -> Any:

@@ -16,14 +16,20 @@ from unified_rl.types import Prompt
 
 OWN = frozenset({"prompt", "generator", "num_inference_steps", "callback_on_step_end", "callback", "return_dict"})
 """Arguments that a dataset's column cannot set."""
-DENOISERS = ("transformer", "unet", "prior", "dit", "decoder")
+DENOISERS = ("transformer", "unet", "image_unet", "prior", "dit", "decoder")
 
 
-def call_arguments(pipeline_class: type, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> dict[str, Any]:
+def call_arguments(
+    pipeline_class: type, prompts: Sequence[Prompt], settings: Mapping[str, Any], *, lone: bool = False
+) -> dict[str, Any]:
     """Keyword arguments for one call over all prompts.
 
     `settings` hold for every row; above them come the prompt's text, its images (`image`) and every column of the
     dataset that the call has a parameter for.
+
+    Args:
+        lone: whether the class takes one row a call: all but tensors is then handed over as it is, not in lists of
+            one, which some of these refuse.
 
     Raises:
         UnsupportedPipelineError: if the call lacks an argument of `settings`, has no place for the images or
@@ -37,9 +43,12 @@ def call_arguments(pipeline_class: type, prompts: Sequence[Prompt], settings: Ma
         if key not in parameters:
             raise UnsupportedPipelineError(f"{name} takes no argument {key!r}")
     columns: dict[str, list[Any]] = {}
-    # Embeddings that were computed beforehand stand in for the text, and pipelines refuse both.
-    if "prompt" in parameters and not any(key.startswith("prompt_embeds") for key in _names(prompts)):
-        columns["prompt"] = [prompt.text for prompt in prompts]
+    if "prompt" in parameters:
+        # Embeddings that were computed beforehand stand in for the text, and pipelines refuse both.
+        if not any(key.startswith("prompt_embeds") for key in _names(prompts)):
+            columns["prompt"] = [prompt.text for prompt in prompts]
+        elif parameters["prompt"].default is inspect.Parameter.empty:
+            arguments["prompt"] = None
     if any(prompt.images for prompt in prompts):
         if "image" not in parameters:
             raise UnsupportedPipelineError(f"{name} takes no argument 'image', but the prompts have pictures")
@@ -49,12 +58,19 @@ def call_arguments(pipeline_class: type, prompts: Sequence[Prompt], settings: Ma
         if key in parameters and key not in OWN:
             columns[key] = [_column(prompt, key) for prompt in prompts]
     for key, rows in columns.items():
-        arguments[key] = _joined(name, key, rows, parameters[key].annotation)
+        arguments[key] = _joined(name, key, rows, parameters[key].annotation, lone)
     if "generator" in parameters:
-        arguments["generator"] = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+        arguments["generator"] = generators([prompt.seed for prompt in prompts])
     if "batch_size" in parameters and "prompt" not in parameters:
         arguments["batch_size"] = len(prompts)  # unconditional
     return arguments
+
+
+def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
+    """One for each row of a call; for a lone row itself, which draws the same and which pipelines that fold a video's
+    frames into the rows, or draw without diffusers' help, do not take in a list."""
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return made[0] if len(made) == 1 else made
 
 
 def _names(prompts: Sequence[Prompt]) -> dict[str, None]:
@@ -68,14 +84,15 @@ def _column(prompt: Prompt, key: str) -> Any:
     return prompt.columns[key]
 
 
-def _joined(name: str, key: str, rows: list[Any], annotation: Any) -> Any:
+def _joined(name: str, key: str, rows: list[Any], annotation: Any, lone: bool) -> Any:
     """One argument for all rows: a list where the call takes lists, a batch for tensors, else the common value."""
     if all(isinstance(row, Tensor) for row in rows):
         if len({row.shape for row in rows}) > 1:
             raise UnsupportedPipelineError(f"{name}: {key}: the rows' shapes differ within a batch")
         return torch.stack(rows)
     if len(rows) == 1 and (
-        isinstance(rows[0], Image.Image)
+        lone
+        or isinstance(rows[0], Image.Image)
         or _is_one_list(annotation, rows[0])
         or (isinstance(rows[0], str) and not _names_lists(annotation))
     ):
@@ -170,3 +187,17 @@ def denoiser_names(pipeline: Any) -> list[str]:
     if first is None:
         raise UnsupportedPipelineError(f"{type(pipeline).__name__}: no denoiser among its components ({DENOISERS})")
     return [first, *sorted(name for name in parts if name.startswith(f"{first}_"))]
+
+
+def companion_names(pipeline: Any) -> list[str]:
+    """The components that compute beside the denoiser at every step and stay as they are: ControlNets, and frozen
+    models of the denoiser's own class (Ideogram's unconditional one)."""
+    trained = denoiser_names(pipeline)
+    kind = type(getattr(pipeline, trained[0]))
+    return [
+        name
+        for name, part in pipeline.components.items()
+        if isinstance(part, nn.Module)
+        and name not in trained
+        and (name.startswith("controlnet") or isinstance(part, kind))
+    ]

@@ -18,9 +18,13 @@ class PipelineRow:
     kernel: str
     """Transition kernel of the scheduler that was tried; empty where none was."""
     replay: str
-    """exact, refused, or untried (then the check of the replay gap at a run's first rollout decides)."""
+    """exact or refused. For a class without a row, the check of the replay gap at a run's first rollout decides."""
     note: str
-    """Why it is refused or untried, or what to mind."""
+    """Why it is refused, or what to mind."""
+
+
+ONE_ROW = "one row a call: engine.micro_batch 1"
+"""A note on classes of which a call takes one prompt, or mixes the pictures of several."""
 
 
 def pipeline_table() -> Sequence[PipelineRow]:
@@ -32,3 +36,8 @@ def pipeline_table() -> Sequence[PipelineRow]:
 def refusal(name: str) -> str | None:
     """Why a class is refused, or None."""
     return next((row.note for row in pipeline_table() if row.name == name and row.replay == "refused"), None)
+
+
+def takes_one_row(name: str) -> bool:
+    """Whether a class is known to be wrong, or to fail, with several rows in one call."""
+    return any(row.name == name and ONE_ROW in row.note.split("; ") for row in pipeline_table())

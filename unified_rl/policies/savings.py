@@ -1,7 +1,6 @@
 """What `policy.memory` and `policy.compile` switch on, by the libraries' own means where they have some."""
 
 import functools
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from unified_rl.errors import RecipeError
 from unified_rl.recipe.policy import PolicyBlock
@@ -24,12 +25,6 @@ def apply(pipeline: Any, denoisers: Sequence[Any], block: PolicyBlock) -> None:
         RecipeError: if the model lacks what is asked for.
     """
     savings, name = block.memory, type(pipeline).__name__
-    if savings.gradient_checkpointing:
-        try:
-            for denoiser in denoisers:
-                denoiser.enable_gradient_checkpointing()
-        except ValueError as error:
-            raise RecipeError(f"policy.memory.gradient_checkpointing: {error}") from error
     vae = pipeline.components.get("vae")
     for key, wanted in (("slicing", savings.vae_slicing), ("tiling", savings.vae_tiling)):
         switch = f"enable_{key}"
@@ -44,9 +39,55 @@ def apply(pipeline: Any, denoisers: Sequence[Any], block: PolicyBlock) -> None:
         if vae is None:
             raise RecipeError(f"policy.memory.decode_batch: {name} has no VAE")
         vae.decode = in_chunks(vae.decode, savings.decode_batch)
-    if block.compile:
-        for denoiser in denoisers:
+    for denoiser in denoisers:
+        if savings.gradient_checkpointing:
+            checkpoint_blocks(denoiser)
+        if block.compile:
             _compile(denoiser)
+
+
+def checkpoint_blocks(denoiser: nn.Module) -> None:
+    """Keep the inputs alone of the blocks that a denoiser runs through, and compute them again in the backward pass.
+
+    Each block is called as ever. diffusers' own switch has another call of the blocks for each class, some of which
+    leave an argument out (0.42: the mask of Chroma's single blocks, one by place in AudioLDM2's).
+
+    Raises:
+        RecipeError: if it has no lists of blocks.
+    """
+    blocks = _listed(denoiser)
+    if not blocks:
+        raise RecipeError(f"policy.memory.gradient_checkpointing: {type(denoiser).__name__} has no lists of blocks")
+    for block in blocks:
+        block.forward = functools.wraps(block.forward)(functools.partial(_kept_small, block.forward))
+
+
+def _kept_small(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    leaves, form = tree_flatten((args, kwargs))
+
+    def run(*given: Any) -> Any:
+        # Copies, because some blocks add in place to what they are given (ControlNet-XS's).
+        own_args, own_kwargs = tree_unflatten(
+            [each.clone() if isinstance(each, Tensor) else each for each in given], form
+        )
+        return forward(*own_args, **own_kwargs)
+
+    return checkpoint(run, *leaves, use_reentrant=False)
+
+
+def _listed(denoiser: nn.Module) -> list[nn.Module]:
+    """The parts of the lists that a denoiser runs through, also of lists in lists."""
+    return [part for child in denoiser.children() if isinstance(child, nn.ModuleList) for part in _members(child)]
+
+
+def _members(parts: nn.ModuleList) -> Iterator[nn.Module]:
+    for part in parts:
+        if isinstance(part, nn.ModuleList):
+            yield from _members(part)
+        elif part is not None:  # Wuerstchen's decoder has gaps
+            yield part
 
 
 def in_chunks(decode: Callable, size: int) -> Callable:
@@ -97,8 +138,8 @@ def _compile(denoiser: Any) -> None:
     if denoiser._repeated_blocks:
         denoiser.compile_repeated_blocks()
         return
-    lists = [part for part in denoiser.children() if isinstance(part, nn.ModuleList)]
-    if not lists:
+    blocks = _listed(denoiser)
+    if not blocks:
         raise RecipeError(f"policy.compile: {type(denoiser).__name__} has no repeated blocks")
-    for block in itertools.chain(*lists):
+    for block in blocks:
         block.compile()

@@ -246,6 +246,10 @@ def _subclass(base: type, step: Step, head: SchedulerHead) -> type:
     @functools.wraps(base.step)  # type: ignore[attr-defined]
     def stochastic_step(self, model_output, timestep, sample, *args, return_dict: bool = True, **kwargs):
         assert head.current is not None, "the scheduler is stepped outside of a pass"
+        if kwargs.get("per_token_timesteps") is not None:
+            # diffusers adds sigma - next_sigma times what it is given here, which is clean - noise. Tokens at another
+            # time than the step's are put back by their pipelines.
+            model_output = -model_output
         transition = step(self, head, model_output, timestep, sample)
         # Z-Image's first latents are in half precision, its predictions and later states are not.
         latents = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
@@ -273,7 +277,8 @@ def family_of(scheduler: Any) -> str:
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if config["stochastic_sampling"]:
             raise UnsupportedPipelineError(f"{name}: stochastic_sampling has no flow_sde density")
-        return "flow"
+        # Cosmos's pipelines set this limit: their states are clean + sigma * noise, with sigmas that a flow has not.
+        return "exploding" if config.get("sigma_max", 1.0) > 1.0 else "flow"
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return "flow"
     known = config.get("prediction_type") in ("epsilon", "v_prediction", "sample")
@@ -292,7 +297,9 @@ def stochastic_scheduler(scheduler: Any, kernel: str, head: SchedulerHead) -> An
         UnsupportedPipelineError: if the scheduler's family has no kernel, or the asked kernel does not fit it.
     """
     family = family_of(scheduler)
-    fitting = [name for name in KERNELS[family] if name != "ancestral" or isinstance(scheduler, (*EDM, *EULER))]
+    fitting = [
+        name for name in KERNELS[family] if name != "ancestral" or family == "exploding" or isinstance(scheduler, EULER)
+    ]
     if kernel not in ("auto", *fitting):
         raise UnsupportedPipelineError(
             f"policy.sampling.kernel: {kernel} does not fit {type(scheduler).__name__}; use {fitting[0]}"
@@ -321,6 +328,8 @@ def _ddim_twin(scheduler: Any, step: Step, head: SchedulerHead) -> Any:
     config.setdefault("timestep_spacing", "linspace")  # unCLIP has no other
     if config["beta_schedule"] == "exp":  # Shap-E's, which DDIM does not know by name
         config["trained_betas"] = scheduler.betas.tolist()
+    # What a checkpoint left to its own class's defaults must not fall back to DDIM's (Euler's spacing is another).
+    config["_use_default_values"] = []
     twin: Any = _subclass(DDIMScheduler, step, head).from_config(config)  # type: ignore[attr-defined]
     # CogVideoX shifts its signal-to-noise ratio on top of its betas.
     twin.alphas_cumprod = scheduler.alphas_cumprod.clone()

@@ -65,19 +65,19 @@ def _advance(scheduler: Any, timestep: Any) -> int:
 def flow_step(scheduler: Any, head: Noise, model_output: Tensor, timestep: Any, sample: Tensor) -> Transition:
     """A rectified flow: the model predicts noise - clean."""
     index = _advance(scheduler, timestep)
+    sigmas, velocity = scheduler.sigmas, model_output
+    if scheduler.config.invert_sigmas:  # the clean sample's share, rising to 1 (Mochi), and clean - noise
+        sigmas, velocity = 1 - sigmas, -velocity
 
     def law() -> tuple[Tensor, Tensor]:
-        velocity, latents = model_output.float(), sample.float()
-        schedule = {"sigma": scheduler.sigmas[index], "next_sigma": scheduler.sigmas[index + 1]}
+        latents = sample.float()
+        schedule = {"sigma": sigmas[index], "next_sigma": sigmas[index + 1], "noise_level": head.noise_level}
         if head.kernel == "flow_sde":
-            return flow_sde.transition(
-                velocity, latents, **schedule, second_sigma=scheduler.sigmas[1], noise_level=head.noise_level
-            )
+            return flow_sde.transition(velocity.float(), latents, **schedule, second_sigma=sigmas[1])
         kernel = {"dance_sde": dance_sde, "cps": cps}[head.kernel]
-        return kernel.transition(velocity, latents, **schedule, noise_level=head.noise_level)
+        return kernel.transition(velocity.float(), latents, **schedule)
 
-    sigma = scheduler.sigmas[index]
-    return Transition(law, Forward(model_output, 1 - sigma, sigma, "velocity"))
+    return Transition(law, Forward(velocity, 1 - sigmas[index], sigmas[index], "velocity"))
 
 
 def ddim_step(scheduler: Any, head: Noise, model_output: Tensor, timestep: Any, sample: Tensor) -> Transition:
@@ -132,7 +132,7 @@ def continuous_ddim_step(
 
 
 def ancestral_step(scheduler: Any, head: Noise, model_output: Tensor, timestep: Any, sample: Tensor) -> Transition:
-    """A variance-exploding diffusion (EDM, Euler with continuous timesteps)."""
+    """A variance-exploding diffusion (EDM, Euler with continuous timesteps, flow schedulers over such sigmas)."""
     index = _advance(scheduler, timestep)
     sigma, next_sigma = scheduler.sigmas[index], scheduler.sigmas[index + 1]
     clean = _clean(scheduler, model_output.float(), sample.float(), sigma)
@@ -151,7 +151,8 @@ def _clean(scheduler: Any, model_output: Tensor, latents: Tensor, sigma: Tensor)
     """
     if hasattr(scheduler, "precondition_outputs"):  # the EDM schedulers
         return scheduler.precondition_outputs(latents, model_output, sigma)
-    kind = scheduler.config.prediction_type
+    # A flow scheduler is given the ODE's derivative by sigma, which is the noise here.
+    kind = scheduler.config.get("prediction_type", "epsilon")
     if kind == "epsilon":
         return latents - sigma * model_output
     if kind == "v_prediction":

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from unified_rl.data.sources import MAX_SIDE
 from unified_rl.errors import RecipeError
+from unified_rl.policies.without_videos import WithoutVideos
 from unified_rl.recipe.policy import TokenSampling
 from unified_rl.types import Completion, Prompt, Recorded, Segment
-
-MAX_PICTURE_SIDE = 16_384
-"""Pixels; a larger picture is refused before a processor allocates for it."""
 
 Inputs = dict[str, Tensor]
 """One prompt as its processor returns it: every tensor has the leading dimension that it has for a batch of one."""
@@ -61,7 +60,8 @@ class TextInputs:
         videos = _videos(prompt)
         if videos:
             if self.processor is self.tokenizer or "video_processor" not in self.processor.get_attributes():
-                raise RecipeError(f"data: the column video, but {type(self.processor).__name__} takes no videos")
+                why = " without torchvision; install it" if isinstance(self.processor, WithoutVideos) else ""
+                raise RecipeError(f"data: the column video, but {type(self.processor).__name__} takes no videos{why}")
             media["videos"] = [[[_loaded(frame) for frame in video] for video in videos]]
         try:
             inputs = self.processor(text=[text], **media, return_tensors="pt", add_special_tokens=not templated)
@@ -176,9 +176,9 @@ def _loaded(image: Any) -> Any:
     Raises:
         RecipeError: if it cannot be read or is too large.
     """
-    if max(image.size) > MAX_PICTURE_SIDE:
+    if max(image.size) > MAX_SIDE:
         width, height = image.size
-        raise RecipeError(f"data: a picture of {width} x {height} pixels; sides are limited to {MAX_PICTURE_SIDE}")
+        raise RecipeError(f"data: a picture of {width} x {height} pixels; sides are limited to {MAX_SIDE}")
     try:
         image.load()
     except (OSError, SyntaxError) as error:  # what Pillow raises for truncated and broken files

@@ -4,12 +4,14 @@ import os
 import re
 from pathlib import Path
 
+from unified_rl.data.environments import check_environment
 from unified_rl.data.sources import check_source
 from unified_rl.engine.deepspeed_config import raw_config
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.imports import check_import
-from unified_rl.recipe.policy import PIPELINES, DiffusionSampling, PolicyBlock
+from unified_rl.recipe.policy import PIPELINES, DiffusionSampling, ImageTokenSampling, PolicyBlock
 from unified_rl.recipe.schema import Recipe
+from unified_rl.recipe.tracker import check_trackers
 from unified_rl.rewards.scoring import check_rewards
 
 
@@ -25,6 +27,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     _check_policy(recipe)
     _check_engine(recipe)
     check_rewards(recipe.rewards)
+    check_trackers(recipe.trackers)
     return warnings + _check_data(recipe) + _check_counts(recipe)
 
 
@@ -52,6 +55,13 @@ def _check_policy(recipe: Recipe) -> None:
         for key, value in (("loss", objective.loss), ("method", objective.method), ("beside", objective.beside)):
             if value is not None and ":" in value:
                 check_import(value, f"objective.{key}" if name == "all" else f"objective.{name}.{key}")
+    if isinstance(sampling, ImageTokenSampling):
+        exam = recipe.evaluation.sampling.get("decoder")
+        for decoder, where in ((sampling.decoder, "policy.sampling"), (exam, "evaluation.sampling")):
+            if decoder is not None:
+                check_import(decoder, f"{where}.decoder")
+    if recipe.policy.environment is not None:
+        check_environment(recipe.policy.environment.name)
     if recipe.policy.dtype != "float32" and recipe.policy.adapter.kind == "none":
         if recipe.engine.zero_stage < 2:
             raise RecipeError(

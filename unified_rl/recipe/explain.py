@@ -9,15 +9,15 @@ from typing import Any, get_args
 import yaml
 
 from unified_rl.planning.footprint import LIBRARIES, estimate
-from unified_rl.policies.noise_plan import noisy_steps
 from unified_rl.policies.pipeline_table import PipelineRow, pipeline_table
 from unified_rl.recipe.block import Block
 from unified_rl.recipe.explain_method import method_lines
-from unified_rl.recipe.explain_writer import writer_lines
+from unified_rl.recipe.explain_noise import noise_lines
+from unified_rl.recipe.explain_parts import environment_lines, writer_lines
 from unified_rl.recipe.file import shipped_recipes
 from unified_rl.recipe.guard import Guard
 from unified_rl.recipe.objective import Objective
-from unified_rl.recipe.policy import PIPELINES, SAMPLING, STEPWISE, DiffusionSampling
+from unified_rl.recipe.policy import PIPELINES, REMEMBERED_BYTES, SAMPLING, STEPWISE, PolicyBlock
 from unified_rl.recipe.presets import PRESETS, RECIPE_PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.recipe.schema import Recipe
@@ -63,7 +63,8 @@ _POLICIES = {
     "causal_lm": "any transformers generator, text or vision-language (a folder with config.json)",
     "masked_diffusion": "a diffusers pipeline that fills in tokens (aMUSEd: a folder with model_index.json)",
     "masked_text": "a text denoiser: LLaDA2, DiffusionGemma, masked language models (a folder with config.json)",
-    "image_tokens": "a transformers model that draws with tokens (Janus, Janus-Pro, Emu3), and may think first",
+    "image_tokens": "a transformers model that draws with tokens (Janus, Janus-Pro, Emu3; Chameleon with a decoder of"
+    " yours; GLM-Image before its pipeline), and may think first",
 }
 
 
@@ -168,45 +169,38 @@ def _policy_lines(recipe: Recipe) -> list[tuple[str, str]]:
         ("family", f"{policy.family}, {policy.dtype}"),
         ("trained", trained),
         ("sampling", _compact(policy.sampling.model_dump(exclude_none=True))),
-        *_noise_lines(recipe),
+        *_speed_lines(policy),
+        *noise_lines(recipe),
+        *environment_lines(recipe),
         *writer_lines(recipe),
     ]
 
 
-def _noise_lines(recipe: Recipe) -> list[tuple[str, str]]:
-    """Which steps of a diffusion loop are stochastic, for as many rollouts as show how that changes."""
-    sampling = recipe.policy.sampling
-    if not isinstance(sampling, DiffusionSampling):
-        return []
-    every = sampling.noise_shift.every if sampling.noise_place == "window" else 1
-    plans = [noisy_steps(sampling, seed=recipe.seed, rollout=index * every) for index in range(3)]
-    runs = [_run(list(range(sampling.num_inference_steps)) if plan is None else plan) for plan in plans]
-    if sampling.noise_place == "first":
-        return [("noise", f"in steps {runs[0]} of {sampling.num_inference_steps}")]
-    shown = ", ".join(f"{run} from rollout {index * every}" for index, run in enumerate(runs))
-    return [("noise", f"in steps {shown}, ... of {sampling.num_inference_steps} ({sampling.noise_place})")]
-
-
-def _run(steps: list[int]) -> str:
-    """Steps, from 0: a run by its ends."""
-    if len(steps) > 1 and steps[-1] - steps[0] == len(steps) - 1:
-        return f"{steps[0]}-{steps[-1]}"
-    return "+".join(map(str, steps))
+def _speed_lines(policy: PolicyBlock) -> list[tuple[str, str]]:
+    """What saves memory or time, where it is not as by default."""
+    savings: dict[str, Any] = policy.memory.model_dump(exclude_defaults=True)
+    savings |= policy.model_dump(include={"attention", "compile"}, exclude_defaults=True)
+    return [("savings", _compact(savings))] if savings else []
 
 
 def _memory_lines(recipe: Recipe) -> list[tuple[str, str]]:
     footprint = estimate(recipe)
     if footprint is None:
-        return [("estimate", "none: there are no safetensors weights here to measure")]
+        return [
+            ("estimate", "none: there are no safetensors weights here to measure (--gpus 1 reads the configuration)")
+        ]
     sizes = footprint.sizes
     lines = [(name, f"{_count(number)} parameters") for name, number in sizes.components.items()]
     shown = " + ".join(f"{name} {_size(number)}" for name, number in footprint.parts.items())
     unknown = "" if footprint.activations else "; activations are not counted"
+    if any(objective.method == "reward_gradient" for objective in recipe.objective.values()):
+        unknown += "; nor what the VAE and the reward keep for the gradient through them"
     return [
         *lines,
         ("trained", f"{_count(sizes.trained)} parameters"),
         ("estimate", f"{_size(footprint.total)} = {shown}{unknown}; ZeRO would share some of it out"),
         ("process", f"about {_size(footprint.total + LIBRARIES)} resident on a CPU, with Python and its libraries"),
+        ("beside", f"encodings of prompts and pictures that are remembered, in time up to {_size(REMEMBERED_BYTES)}"),
     ]
 
 
@@ -231,6 +225,7 @@ def _work_lines(recipe: Recipe, counts: Plan) -> list[tuple[str, str]]:
         ("optimiser", f"AdamW, {_compact(recipe.optimizer.model_dump())}"),
         ("engine", f"{recipe.engine.backend}, ZeRO stage {recipe.engine.zero_stage}"),
         ("checkpoints", f"every {recipe.checkpoint.every} steps, the newest {recipe.checkpoint.keep} are kept"),
+        *([("trackers", ", ".join(block.name for block in recipe.trackers))] if recipe.trackers else []),
         *([("recorded", "all samples of all rollouts, for data.rollouts")] if recipe.record_rollouts else []),
         *_snapshot_lines(recipe),
     ]

@@ -19,6 +19,7 @@ from unified_rl.recipe.policy import (
     MASKED_TEXT_ENDING,
     MASKED_TEXT_MODELS,
     SAMPLING,
+    TOKEN_WRITERS,
     exam_sampling,
 )
 from unified_rl.recipe.presets import PRESETS, RECIPE_PRESETS, SAMPLING_PRESETS
@@ -108,7 +109,7 @@ def parse_recipe(raw: dict, folder: Path) -> Recipe:
         for key in ("loss", "method", "beside"):
             if isinstance(objective.get(key), str) and ":" in objective[key]:
                 objective[key] = locate(objective[key], folder)
-    _check_exam(raw)
+    _check_exam(raw, folder)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -149,16 +150,31 @@ def _resolve_policy(raw: dict, folder: Path) -> None:
     if not isinstance(policy, dict) or not isinstance(policy.get("model"), str):
         return
     policy["model"] = locate(policy["model"], folder)
+    environment = policy.get("environment")
+    if isinstance(environment, dict) and isinstance(environment.get("name"), str):
+        environment["name"] = locate(environment["name"], folder)
     writer = policy.get("writer")
     if isinstance(writer, dict) and isinstance(writer.get("model"), str):
         writer["model"] = locate(writer["model"], folder)
+        config = Path(writer["model"]) / "config.json"
+        draws = config.is_file() and _named(config, "model_type") in TOKEN_WRITERS
+        family = str(writer.setdefault("family", "image_tokens" if draws else "causal_lm"))
+        sampling = writer.get("sampling", {})
+        if family in SAMPLING and isinstance(sampling, dict):
+            writer["sampling"] = _resolve_sampling(sampling, family, "policy.writer.sampling.")
     if "family" not in policy:
         policy["family"] = _family_of(Path(policy["model"]))
     if isinstance(policy.setdefault("sampling", {}), dict):
+        _locate_decoder(policy["sampling"], folder)
         for preset in _named_presets(raw.get("objective")):
             _fill_sampling(policy, preset)
     if str(policy["family"]) in SAMPLING and isinstance(policy["sampling"], dict):
         policy["sampling"] = _resolve_sampling(policy["sampling"], policy["family"], "policy.sampling.")
+
+
+def _locate_decoder(sampling: dict, folder: Path) -> None:
+    if isinstance(sampling.get("decoder"), str):
+        sampling["decoder"] = locate(sampling["decoder"], folder)
 
 
 def _named_presets(objective: Any) -> list[str]:
@@ -203,11 +219,12 @@ def _resolve_sampling(raw: dict, family: str, where: str) -> dict:
         raise RecipeError(where + _one_line(error)) from error
 
 
-def _check_exam(raw: dict) -> None:
+def _check_exam(raw: dict, folder: Path) -> None:
     """Evaluation's sampling settings are keys of the policy's."""
     policy, exam = raw.get("policy"), raw.get("evaluation")
     if not (isinstance(policy, dict) and isinstance(exam, dict) and isinstance(exam.get("sampling"), dict)):
         return
+    _locate_decoder(exam["sampling"], folder)
     if isinstance(policy.get("sampling"), dict) and str(policy.get("family")) in SAMPLING:
         _resolve_sampling(exam_sampling(policy["sampling"], exam["sampling"]), policy["family"], "evaluation.sampling.")
 

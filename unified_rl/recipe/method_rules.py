@@ -88,6 +88,9 @@ def data_conflicts(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     if recipe.policy.writer is not None and (recipe.record_rollouts or data.rollouts is not None):
         key = "record_rollouts" if recipe.record_rollouts else "data.rollouts"
         yield key, "recorded samples hold no texts of a policy.writer beside their pictures; leave it out"
+    if recipe.policy.environment is not None and (recipe.record_rollouts or data.rollouts is not None):
+        key = "record_rollouts" if recipe.record_rollouts else "data.rollouts"
+        yield key, "episodes of a policy.environment cannot be recorded; leave it out"
     if recipe.policy.writer is not None:
         for name, objective in recipe.objective.items():
             if objective.advantage == "gae":

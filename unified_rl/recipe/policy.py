@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from unified_rl.recipe.block import Block
+from unified_rl.recipe.environment import EnvironmentBlock
 
 
 class Adapter(Block):
@@ -113,7 +114,7 @@ class Think(TextSampling):
 
 
 class ImageTokenSampling(TokenSampling):
-    """The behaviour policy of a transformers model that draws with tokens (Janus, Emu3)."""
+    """The behaviour policy of a transformers model that draws with tokens (Janus, Emu3, Chameleon, GLM-Image)."""
 
     guidance_scale: float = Field(default=5.0, ge=1)
     """Weight of the prompt against the unconditional row; tokens are drawn from, and scored under, the guided
@@ -123,7 +124,11 @@ class ImageTokenSampling(TokenSampling):
     think: Think | None = None
     """Write a text first, and draw from the prompt and the text; None: draw at once."""
     processor: dict[str, Any] = {}
-    """Further arguments of the model's processor, for instance ratio and image_area (Emu3)."""
+    """Further arguments of the model's processor: ratio and image_area (Emu3), target_h and target_w (GLM-Image)."""
+    decoder: str | None = None
+    """A function that makes pictures of tokens, in place of the model's own decoder: `package.module:name` or
+    `path/to/file.py:name`. It takes codes [B, height, width] (numbers of the codebook) and returns B PIL pictures.
+    Chameleon needs one, and GLM-Image without its pipeline: transformers has only their encoders."""
 
 
 class Estimated(Block):
@@ -220,14 +225,20 @@ SAMPLING: dict[str, type[Block]] = {
     "masked_diffusion": MaskedDiffusionSampling,
     "masked_text": MaskedTextSampling,
 }
+VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder|vqmodel)\.")
+"""Parts of language models that stay frozen unless `policy.train` names them."""
 PIPELINES = ("diffusion", "masked_diffusion")
 """Families that are diffusers pipelines, with a folder a component; the others are transformers models."""
+REMEMBERED_BYTES = 1 << 30
+"""Of encodings of prompts and pictures that a policy keeps; beyond, the least recently used ones are dropped."""
 STEPWISE = (*PIPELINES, "masked_text")
 """Families that evaluate one step a forward; the others evaluate all at once."""
 MASKED_PIPELINES = ("AmusedPipeline",)
 """`_class_name` in model_index.json of the pipelines that fill in tokens."""
-IMAGE_TOKEN_MODELS = ("janus", "emu3")
+IMAGE_TOKEN_MODELS = ("janus", "emu3", "glm_image")
 """`model_type` of the transformers models that draw; to train one of them to answer, say family: causal_lm."""
+TOKEN_WRITERS = ("glm_image",)
+"""Those of them whose pictures a pipeline makes (policy.writer)."""
 MASKED_TEXT_MODELS = ("llada2_moe", "diffusion_gemma")
 """`model_type` of the text denoisers; other masked language models are known by the end of their class's name."""
 MASKED_TEXT_ENDING = "ForMaskedLM"
@@ -250,31 +261,46 @@ class Savings(Block):
 
 
 class Writer(Block):
-    """A language model that writes the prompt that a pipeline draws from: a segment of its own, `text`."""
+    """A model before a pipeline: it writes the prompt that is drawn (segment `text`), or draws the tokens that the
+    pipeline makes a picture of (segment `tokens`)."""
 
     model: str
-    """A folder written by `save_pretrained`, or a hub name, of any transformers generator of text."""
+    """A folder written by `save_pretrained`, or a hub name. It may be a component's folder within the pipeline's, which
+    then is loaded once (GLM-Image's vision_language_encoder)."""
+    family: Literal["causal_lm", "image_tokens"] = "causal_lm"
+    """causal_lm: any transformers generator writes a text. image_tokens: GLM-Image's language model draws tokens; found
+    from a folder's config if left out."""
     revision: str | None = None
     """Revision of a hub name; pin it."""
     instruction: str = "{prompt}"
     """What the writer is asked."""
-    draw: str = "{text}"
-    """What the pipeline is then asked to draw; {prompt} is there too."""
+    draw: str | None = None
+    """What the pipeline is then asked to draw, of {text} and {prompt}. None: {text}; after tokens {prompt}."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: str | None = None
     gradient_checkpointing: bool = False
     adapter: Adapter = Adapter()
     train: list[str] | None = None
-    sampling: TextSampling = TextSampling()
-    """These keys are as those of a policy; a writer without objective.text is frozen, and a pipeline without
-    objective.image is."""
+    sampling: TextSampling | ImageTokenSampling = TextSampling()
+    """These keys are as those of a policy; a writer whose segment has no block under objective is frozen, and so is a
+    pipeline without objective.image."""
+
+    @property
+    def segment(self) -> str:
+        """Name of what it writes."""
+        return "text" if self.family == "causal_lm" else "tokens"
+
+    @property
+    def drawn(self) -> str:
+        """Template of what the pipeline is asked to draw."""
+        return self.draw or ("{text}" if self.family == "causal_lm" else "{prompt}")
 
     @property
     def block(self) -> "PolicyBlock":
         """The writer as a policy of its own."""
         keys = self.model_dump(exclude={"instruction", "draw", "gradient_checkpointing"})
         memory = Savings(gradient_checkpointing=self.gradient_checkpointing)
-        return PolicyBlock(**keys, family="causal_lm", memory=memory)
+        return PolicyBlock(**keys, memory=memory)
 
 
 class PolicyBlock(Block):
@@ -301,6 +327,8 @@ class PolicyBlock(Block):
     """Regular expressions on parameter names: only matching parameters are trained. None: the family's default. Of a
     pipeline with two denoisers (Wan 2.2), names begin with the component's, so that "^transformer_2[.]" trains, or
     adapts, only the one of the less noisy steps."""
+    environment: EnvironmentBlock | None = None
+    """What a language model acts in, turn by turn; `sampling` is then of one action. None: it answers once."""
     writer: Writer | None = None
     """A language model before a diffusion pipeline, which writes what is drawn; None: the prompts are drawn."""
     sampling: DiffusionSampling | TextSampling | ImageTokenSampling | MaskedDiffusionSampling | MaskedTextSampling
@@ -311,17 +339,25 @@ class PolicyBlock(Block):
         if isinstance(self.sampling, ImageTokenSampling):
             return ("image",) if self.sampling.think is None else ("text", "image")
         if self.writer is not None:
-            return ("text", "image")
+            return (self.writer.segment, "image")
         return ("image",) if self.family in PIPELINES else ("text",)
 
     def family_of(self, segment: str) -> str:
         """The family of the model that a segment is drawn by ("all": of the policy)."""
-        return "causal_lm" if self.writer is not None and segment == "text" else self.family
+        return self.writer.family if self.writer is not None and segment == self.writer.segment else self.family
 
     def refusals(self, zero_stage: int) -> Iterator[tuple[str, str]]:
         """(key, reason and alternative) for each combination with other keys of the recipe that is refused."""
         if self.family == "masked_text" and zero_stage == 3:
             yield "engine.zero_stage", "3 gathers weights in step, but texts take different numbers of steps; use 2"
+        if self.environment is not None:
+            if self.family != "causal_lm":
+                yield "policy.environment", f"is acted in by causal_lm policies, not by {self.family}; leave it out"
+            if zero_stage == 3:
+                yield (
+                    "engine.zero_stage",
+                    "3 gathers weights in step, but episodes differ in length; use 2",
+                )
         if self.writer is not None:
             if self.family != "diffusion":
                 yield "policy.writer", f"writes for diffusion pipelines, not for {self.family} policies; leave it out"

@@ -18,6 +18,7 @@ from unified_rl.recipe.objective_rules import refusals
 from unified_rl.recipe.policy import STEPWISE, PolicyBlock
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.recipe.snapshot import Ema, Snapshot
+from unified_rl.recipe.tracker import TrackerBlock
 
 
 class Data(Block):
@@ -29,8 +30,9 @@ class Data(Block):
     evaluation: str | None = None
     """Held-out prompts; None switches evaluation off."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """skip: a row of `prompts` whose picture cannot be read (damaged, too large, gone) gives its place to the next row
-    of the file, on all processes alike, and is counted; held-out rows are never skipped."""
+    """skip: a row of `prompts` whose picture cannot be read (damaged, too large, gone), or which a language model
+    refuses (longer than max_prompt_tokens, text and pictures that do not fit), gives its place to the next row of the
+    file, on all processes alike, and is counted; held-out rows are never skipped."""
     max_bad_images: float = Field(default=0.01, ge=0, le=1)
     """With skip: the run stops when more than this share of all rows was skipped (one row always may)."""
 
@@ -75,6 +77,9 @@ class EngineBlock(Block):
     """DeepSpeed's own configuration, in place or as a JSON file, merged over what these keys say."""
     timeout: float = Field(default=1800.0, gt=0)
     """Seconds to wait for a process that is gone or stuck before the run is ended, with that process named."""
+    straggler_factor: float = Field(default=1.5, gt=1)
+    """A process that takes this many times as long as the mean of the others for its own rollout, rewards or update,
+    three times in a row, is named in a warning."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of each process; None: torch's own choice, shared out between local processes."""
 
@@ -107,7 +112,8 @@ class Recipe(Block):
     num_steps: int = Field(default=60, ge=1)
     """Optimiser steps."""
     group_size: int = Field(default=16, ge=1)
-    """Trajectories of one prompt; 1 for advantages that need no group (gae, batch_whitened, prompt_std, uniform)."""
+    """Trajectories of one prompt; 1 for advantages that need no group (gae, batch_whitened, prompt_std, uniform), and
+    for gradients of rewards."""
     prompts_per_step: int = Field(default=8, ge=1)
     """Groups of one rollout, over all processes."""
     epochs: int = Field(default=1, ge=1)
@@ -137,6 +143,8 @@ class Recipe(Block):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
+    trackers: list[TrackerBlock] = []
+    """Services that show the run elsewhere: tensorboard, wandb, your own."""
 
     @property
     def samples_per_rollout(self) -> int:
@@ -184,7 +192,8 @@ class Recipe(Block):
         self._check_references()
         alone = {"gae", "batch_whitened", "prompt_std", "uniform"}
         for name, objective in self.objective.items():
-            if self.group_size == 1 and objective.advantage not in alone:
+            compared = objective.kinds != {"reward"}  # a reward's gradient needs no advantage
+            if self.group_size == 1 and compared and objective.advantage not in alone:
                 raise ValueError(
                     f"group_size: 1 leaves {objective.advantage} (objective.{name}) nothing to compare with; "
                     "at least 2, or advantage: gae"

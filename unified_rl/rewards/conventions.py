@@ -45,6 +45,8 @@ class UniformReward:
     groupwise: bool
     """It must see whole groups."""
     differentiable: bool
+    with_gradient: Callable | None = None
+    """Gives the same scores of pictures as one tensor, with their gradients."""
 
     def judge(self, batch: RewardBatch) -> Judged:
         """Ask about a batch; of a groupwise reward, about each of its groups.
@@ -115,6 +117,7 @@ def make_reward(target: Any, arguments: Mapping[str, Any], *, shown: str, where:
         convention=convention,
         groupwise=convention == "pairwise" or marked(target, "groupwise"),
         differentiable=marked(target, "differentiable"),
+        with_gradient=target.with_gradient if "with_gradient" in dir(target) else None,
     )
 
 

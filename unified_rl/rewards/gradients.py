@@ -9,14 +9,14 @@ from unified_rl.errors import RecipeError
 from unified_rl.imports import load_import
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.rewards.conventions import for_parameters, make_reward, marked
-from unified_rl.rewards.scoring import reference_of
+from unified_rl.rewards.scoring import arguments_of, reference_of
 from unified_rl.rewards.types import RewardError
 from unified_rl.types import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DifferentiableReward:
-    """A reward marked with `differentiable = True`."""
+    """A reward marked with `differentiable = True`, or the method `with_gradient` of one that has it."""
 
     name: str
     weight: float
@@ -48,12 +48,18 @@ def load_differentiable(blocks: Sequence[RewardBlock], device: str) -> list[Diff
         where = f"rewards.{index}"
         if block.weight == 0 or block.held_out:
             continue
-        target = load_import(reference_of(block.name, f"{where}.name"), f"{where}.name")
-        if marked(target, "differentiable"):
-            reward = make_reward(target, block.arguments, shown=block.name, where=where, device=block.device or device)
-            found.append(DifferentiableReward(name=block.name, weight=block.weight, function=reward.function))
+        reference = reference_of(block.name, f"{where}.name")
+        target, arguments = load_import(reference, f"{where}.name"), arguments_of(block, reference)
+        whole = marked(target, "differentiable")
+        if not whole and "with_gradient" not in dir(target):
+            continue
+        reward = make_reward(target, arguments, shown=block.name, where=where, device=block.device or device)
+        function = reward.function if whole else reward.with_gradient
+        assert function is not None, "its class has the method"
+        found.append(DifferentiableReward(name=block.shown_name, weight=block.weight, function=function))
     if not found:
         raise RecipeError(
-            "rewards: reward_gradient needs one with a weight that is marked differentiable = True, see docs/rewards.md"
+            "rewards: reward_gradient needs one with a weight that is marked differentiable = True or has a method "
+            "with_gradient, see docs/rewards.md"
         )
     return found

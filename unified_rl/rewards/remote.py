@@ -21,6 +21,7 @@ from unified_rl.rewards.picture_wire import encode_picture
 
 MAX_ANSWER_BYTES = 16 * 2**20
 LONGEST_PAUSE = 30.0
+_jitter = random.Random()
 
 
 class RemoteError(Exception):
@@ -100,7 +101,7 @@ class RemoteReward:
         problem, pause = "", 0.0
         for attempt in range(self.retries + 1):
             if attempt:
-                backoff = min(LONGEST_PAUSE, self.first_pause * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
+                backoff = min(LONGEST_PAUSE, self.first_pause * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1.5)
                 time.sleep(min(LONGEST_PAUSE, max(pause, backoff)))
             try:
                 request = urllib.request.Request(self.base + path, data=data, headers=headers)

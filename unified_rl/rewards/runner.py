@@ -26,6 +26,8 @@ FAILURES_TO_BREAK = 3
 """Calls in a row, retries included, after which a reward is left alone for a while."""
 FIRST_BREAK, LONGEST_BREAK = 30.0, 600.0
 CACHE_ROWS = 100_000
+_jitter = random.Random()
+"""Not the global generator, which belongs to what is trained with: a retry would move it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +126,7 @@ class RewardRunner:
                 raise CallFailedError(f"failed {self._failures} times in a row and rests for a while; last: {last}")
             if attempt:
                 pause = min(LONGEST_PAUSE, self._first_pause * 2 ** (attempt - 1))
-                time.sleep(pause * random.uniform(0.5, 1.5))
+                time.sleep(pause * _jitter.uniform(0.5, 1.5))
             try:
                 judged = self.reward.judge(batch)
             except CallFailedError as error:

@@ -217,6 +217,8 @@ class Scoring:
         if any(prompt.images for prompt in self._prompts):
             columns["images"] = [list(prompt.images) for prompt in prompts]
         completions = [self._completions[row] for row in rows]
+        for name in dict.fromkeys(name for completion in completions for name in completion.measured):
+            columns[name] = [completion.measured.get(name) for completion in completions]
         return RewardBatch(
             prompts=[prompt.text for prompt in prompts],
             texts=[completion.text for completion in completions],
@@ -244,12 +246,17 @@ def reference_of(name: str, where: str) -> str:
     return known[name]
 
 
+def arguments_of(block: RewardBlock, reference: str) -> Mapping[str, Any]:
+    """What a reward is made with: the recipe's arguments, and the address or folder that its name is."""
+    if reference in (REMOTE, LEARNED):
+        return {"url" if reference == REMOTE else "folder": block.name, **block.arguments}
+    return block.arguments
+
+
 def _start(block: RewardBlock, index: int, device: str) -> ProcessReward | ThreadedReward:
     where = f"rewards.{index}"
     reference = reference_of(block.name, f"{where}.name")
-    arguments: Mapping[str, Any] = block.arguments
-    if reference in (REMOTE, LEARNED):
-        arguments = {"url" if reference == REMOTE else "folder": block.name, **arguments}
+    arguments = arguments_of(block, reference)
     if block.isolation == "process":
         return ProcessReward(
             reference,

@@ -10,7 +10,10 @@ from unified_rl.errors import RecipeError
 from unified_rl.run_folder import random_state
 from unified_rl.run_folder.checkpoint import CheckpointError, find_checkpoint, load_state, set_aside_later
 
-HARMLESS = ("engine", "evaluation", "checkpoint", "guard", "record_rollouts", "max_replay_gap", "optimizer.max_skipped")
+HARMLESS = (
+    *("engine", "evaluation", "checkpoint", "guard", "trackers", "record_rollouts", "max_replay_gap"),
+    "optimizer.max_skipped",
+)
 """Keys that may change on resume without being named: they say how, not what, is trained."""
 
 

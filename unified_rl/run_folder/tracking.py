@@ -1,9 +1,9 @@
 """A run's folder and its console: everything that a run writes for people, and nothing that it needs to resume.
 
-    RUN/ recipe.yaml  metrics.jsonl  eval.jsonl  events.jsonl  samples/step_000010/{*.png, samples.jsonl}
+    RUN/ recipe.yaml  metrics.jsonl  eval.jsonl  events.jsonl  samples/step_000010/{*.png, *.npy, samples.jsonl}
 
-Rows are appended and the file closed at once, so that a killed run loses at most the line that it was writing. Left out
-on purpose: trackers that need a server; the files are plain enough for any of them to import.
+Rows are appended and the file closed at once, so that a killed run loses at most the line that it was writing. Trackers
+are told afterwards (trackers.py).
 """
 
 import fcntl
@@ -17,8 +17,9 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 from PIL import Image
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,24 +28,13 @@ from unified_rl.errors import RecipeError
 from unified_rl.plain_text import clean, prompt_text, redact
 from unified_rl.recipe.file import dump_recipe
 from unified_rl.recipe.schema import Recipe
+from unified_rl.run_folder.sample import Sample
+from unified_rl.run_folder.trackers import Follower
 
 if TYPE_CHECKING:  # protocols imports torch, which reading a run's folder does not need
     from unified_rl.protocols import Console
 
 Level = Literal["info", "warning", "error"]
-
-
-class Sample(TypedDict):
-    """One generated sample, as it is saved and shown."""
-
-    prompt: str | Sequence[Mapping[str, Any]]
-    """Text or chat messages."""
-    text: str | None
-    images: Sequence[Image.Image]
-    rewards: Mapping[str, float]
-    """Unweighted, by the reward's name; NaN where it abstained."""
-    seed: int
-    condition_images: Sequence[Image.Image]
 
 
 class Run(Protocol):
@@ -55,9 +45,11 @@ class Run(Protocol):
     def write_recipe(self, recipe: Recipe) -> None: ...
     def log_metrics(self, row: Mapping[str, float | int | None]) -> None: ...
     def log_evaluation(self, row: Mapping[str, float | int | None]) -> None: ...
+    def log_ranks(self, row: Mapping[str, Any]) -> None: ...
     def log_event(self, level: Level, message: str) -> None: ...
     def save_samples(self, step: int, rows: Sequence[Sample]) -> None: ...
     def truncate(self, step: int) -> None: ...
+    def follow(self, recipe: Recipe, step: int, show: Callable[[str], None]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -76,6 +68,9 @@ class NullRun:
     def log_evaluation(self, row: Mapping[str, float | int | None]) -> None:
         pass
 
+    def log_ranks(self, row: Mapping[str, Any]) -> None:
+        pass
+
     def log_event(self, level: Level, message: str) -> None:
         pass
 
@@ -83,6 +78,9 @@ class NullRun:
         pass
 
     def truncate(self, step: int) -> None:
+        pass
+
+    def follow(self, recipe: Recipe, step: int, show: Callable[[str], None]) -> None:
         pass
 
     def close(self) -> None:
@@ -101,6 +99,7 @@ class RunFolder:
         check_writable(path)
         self.path = path
         self._lock = _lock(path / "run.lock")
+        self._followers: list[Follower] = []
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write recipe.yaml, which `load_recipe` reads back to an equal recipe."""
@@ -109,10 +108,18 @@ class RunFolder:
     def log_metrics(self, row: Mapping[str, float | int | None]) -> None:
         """Append one optimiser step to metrics.jsonl; NaN and infinities become null."""
         _append(self.path / "metrics.jsonl", row)
+        for follower in self._followers:
+            follower.log(int(row["step"] or 0), row)
 
     def log_evaluation(self, row: Mapping[str, float | int | None]) -> None:
         """Append one evaluation to eval.jsonl; NaN and infinities become null."""
         _append(self.path / "eval.jsonl", row)
+        for follower in self._followers:
+            follower.log(int(row["step"] or 0), row, "eval/")
+
+    def log_ranks(self, row: Mapping[str, Any]) -> None:
+        """Append what each process says of an optimiser step to ranks.jsonl."""
+        _append(self.path / "ranks.jsonl", row)
 
     def log_event(self, level: Level, message: str) -> None:
         """Append to events.jsonl with the time; secrets in the message are masked."""
@@ -132,11 +139,13 @@ class RunFolder:
         lines = [to_json(_save_sample(folder, f"{index:03d}", row)) for index, row in enumerate(rows)]
         # last, so that a folder with samples.jsonl is complete
         write_whole(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+        for follower in self._followers:
+            follower.log_samples(step, rows)
 
     def truncate(self, step: int) -> None:
         """Forget metrics, evaluations and samples of later steps, which a resumed run repeats; -1 forgets all. Events
         stay: they tell what happened."""
-        for name in ("metrics.jsonl", "eval.jsonl"):
+        for name in ("metrics.jsonl", "eval.jsonl", "ranks.jsonl"):
             file = self.path / name
             if file.is_file():
                 kept = [row for row in read_jsonl(file) if row["step"] <= step]
@@ -145,8 +154,20 @@ class RunFolder:
             if later > step:
                 shutil.rmtree(folder)
 
+    def follow(self, recipe: Recipe, step: int, show: Callable[[str], None]) -> None:
+        """From now on tell the recipe's trackers what is written; the run goes on from `step` (0: it begins)."""
+
+        def tell(warning: str) -> None:
+            self.log_event("warning", warning)
+            show(f"warning: {warning}")
+
+        context = {"run": self.path, "recipe": recipe.model_dump(mode="json"), "step": step}
+        self._followers = [Follower(block, tell, **context) for block in recipe.trackers]
+
     def close(self) -> None:
-        """Release the lock."""
+        """Let trackers finish and release the lock."""
+        while self._followers:
+            self._followers.pop().close()
         if self._lock >= 0:
             (self.path / "run.lock").unlink(missing_ok=True)
             os.close(self._lock)
@@ -329,6 +350,7 @@ def _save_sample(folder: Path, name: str, row: Sample) -> dict[str, Any]:
         ),
         "rewards": dict(row["rewards"]),
         "seed": row["seed"],
+        **_save_arrays(row, folder, name),
     }
 
 
@@ -336,6 +358,15 @@ def _save_images(images: Sequence[Image.Image], folder: Path, name: Callable[[in
     for index, image in enumerate(images):
         image.convert("RGBA" if "A" in image.mode else "RGB").save(folder / name(index))
     return [name(index) for index in range(len(images))]
+
+
+def _save_arrays(row: Sample, folder: Path, name: str) -> dict[str, list[str]]:
+    """The files of what is no picture, in a key that rows of pictures and texts do not have."""
+    arrays = row.get("arrays", ())
+    names = [f"{name}_{index}.npy" for index in range(len(arrays))]
+    for file, array in zip(names, arrays, strict=True):
+        np.save(folder / file, array, allow_pickle=False)
+    return {"arrays": names} if names else {}
 
 
 def _append(file: Path, row: Mapping[str, Any]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from unified_rl.policies.without_videos import without_videos
+
 WIDTH = 32
 SIDE = 32
 """Pixels of a picture's side."""
@@ -74,11 +76,9 @@ def _qwen2_5_vl() -> Twin:
         vision_end_token_id=end,
     )
     pixels: dict[str, Any] = {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}}
-    processor = transformers.Qwen2_5_VLProcessor(
-        transformers.Qwen2VLImageProcessor(**pixels),
-        words,
-        transformers.Qwen2VLVideoProcessor(**pixels),
-        chat_template=CHAT.replace("PICTURE", "".join(marks[:3])),
+    settings = {**pixels, "video_processor_type": "Qwen2VLVideoProcessor"}
+    processor = without_videos(transformers.Qwen2_5_VLProcessor, settings)(
+        transformers.Qwen2VLImageProcessor(**pixels), words, chat_template=CHAT.replace("PICTURE", "".join(marks[:3]))
     )
     return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
 
@@ -149,10 +149,21 @@ def _janus() -> Twin:
     return model, transformers.JanusProcessor(images, words, num_image_tokens=4)
 
 
+def _eurobert() -> Twin:
+    """A bidirectional model of one sequence, as LLaDA2 is."""
+    words = _tokenizer(mask_token="<mask>")
+    words.chat_template = CHAT.replace("PICTURE", "")
+    config = transformers.EuroBertConfig(
+        **TEXT, **IDS, vocab_size=len(words), mask_token_id=words.mask_token_id, initializer_range=0.2
+    )
+    return transformers.EuroBertForMaskedLM(config), words
+
+
 TWINS: dict[str, Callable[[], Twin]] = {
     "Qwen2ForCausalLM": _qwen2,
     "Qwen2_5_VLForConditionalGeneration": _qwen2_5_vl,
     "Idefics3ForConditionalGeneration": _idefics3,
     "JanusForConditionalGeneration": _janus,
+    "EuroBertForMaskedLM": _eurobert,
 }
 """Model class -> a model and its processor."""

@@ -39,9 +39,12 @@ HUB = {
     "Qwen/Qwen2.5-VL-7B-Instruct": "Qwen2_5_VLForConditionalGeneration",
     "HuggingFaceTB/SmolVLM-Instruct": "Idefics3ForConditionalGeneration",
     "deepseek-community/Janus-Pro-7B": "JanusForConditionalGeneration",
+    "inclusionAI/LLaDA2.1-mini": "EuroBertForMaskedLM",
 }
 """Hub name -> class of the pipeline or model. Of one in a folder, the class is read from its index or config.
 Versions of a class whose components differ have twins of their own (a key of `models.TWINS`)."""
+OWN_CODE = ("inclusionAI/LLaDA2.1-mini",)
+"""Models whose class is code of their repository: their twin is of another class that is sampled and scored alike."""
 SIZE = 32
 TEXT_TOKENS = {"max_sequence_length": 32}
 CALLS: dict[str, dict[str, Any]] = {
@@ -75,6 +78,14 @@ RANK = 4
 def brightness(prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
     """Reward that stands in for others: how bright a picture, or a video's mean frame, is, 0 to 1."""
     return [float(np.mean([np.asarray(frame) for frame in _frames(one)])) / 255 for one in completions]
+
+
+def brightness_with_gradient(prompts: Sequence, completions: Any, **columns: Any) -> Any:
+    """The same of pictures [B, 3, H, W] in [0, 1], differentiable."""
+    return completions.mean((1, 2, 3))
+
+
+brightness.with_gradient = brightness_with_gradient  # type: ignore[attr-defined]
 
 
 def letters(prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
@@ -128,6 +139,7 @@ def _shrink_model(policy: dict, data: dict, folder: Path) -> list[str]:
         return []  # ships with the project and is tiny
     name, model = _class_of(policy["model"], local), policy["model"]
     policy.update(model=str(_twin(name)), revision=None)
+    policy.pop("trust_remote_code", None)
     written = _shrink_model(policy["writer"], data, folder) if policy.get("writer") else []
     sampling, adapter = policy.setdefault("sampling", {}), policy.get("adapter", {})
     if name in _pipeline_twins():
@@ -138,7 +150,8 @@ def _shrink_model(policy: dict, data: dict, folder: Path) -> list[str]:
     if adapter.get("kind") == "lora" and adapter.get("rank", 0) > RANK:
         policy["adapter"] = {**adapter, "rank": RANK, "alpha": adapter.get("alpha", 64.0) * RANK / adapter["rank"]}
     size = f", {SIZE} x {SIZE} px" if name in _pipeline_twins() else ""
-    notes = [f"policy.model: {model} is stood in for by a random {name} of the same classes{size}"]
+    classes = "another class, since its own is code of its repository" if model in OWN_CODE else "the same classes"
+    notes = [f"policy.model: {model} is stood in for by a random {name} of {classes}{size}"]
     if adapter.get("kind", "none") == "none" and policy.get("dtype", "float32") != "float32":
         policy["dtype"] = "float32"
         notes.append("policy.dtype: float32, because full fine-tuning in less wants ZeRO")
@@ -160,8 +173,9 @@ def _shrink_denoising(sampling: dict, name: str) -> None:
 def _shrink_texts(sampling: dict, most: int) -> None:
     """Short texts, and no limit to prompts, which have more tokens where these are characters."""
     sampling.pop("max_prompt_tokens", None)
-    if "max_new_tokens" in sampling:
-        sampling["max_new_tokens"] = min(sampling["max_new_tokens"], most)
+    for key, limit in (("max_new_tokens", most), ("block_length", NEW_TOKENS), ("num_inference_steps", NUM_STEPS)):
+        if key in sampling:
+            sampling[key] = min(sampling[key], limit)
     if isinstance(sampling.get("think"), dict):
         _shrink_texts(sampling["think"], most)
 
@@ -244,7 +258,7 @@ def _small(cell: ImageCell) -> str:
 def _shrink_rewards(raw: dict) -> list[str]:
     """Replace the rewards that need models of their own, and add what a random model can learn."""
     rewards = raw.get("rewards") or []
-    by = "letters" if raw["policy"].get("family") == "causal_lm" else "brightness"
+    by = "letters" if raw["policy"].get("family") in ("causal_lm", "masked_text") else "brightness"
     heavy = [block for block in rewards if block["name"] not in LIGHT and ":" not in block["name"]]
     weight = sum(block.get("weight", 1.0) for block in heavy) or 1.0
     raw["rewards"] = [*(block for block in rewards if block not in heavy), {"name": STAND_INS[by], "weight": weight}]

@@ -2,13 +2,20 @@
 
 from typing import Any
 
+from PIL import Image
 from transformers import (
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    ChameleonProcessor,
     Emu3Config,
     Emu3ForConditionalGeneration,
     Emu3ImageProcessor,
     Emu3Processor,
     Emu3TextConfig,
     Emu3VQVAEConfig,
+    GlmImageConfig,
+    GlmImageForConditionalGeneration,
+    GlmImageProcessor,
     JanusConfig,
     JanusForConditionalGeneration,
     JanusProcessor,
@@ -16,6 +23,8 @@ from transformers import (
     JanusVQVAEConfig,
     LlamaConfig,
 )
+from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
+from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from families.toolkit import tokenizer
@@ -76,5 +85,63 @@ def emu3() -> tuple[Any, Any]:
     return model, Emu3Processor(Emu3ImageProcessor(), words)
 
 
-BUILDERS = {"janus": (janus, {}), "emu3": (emu3, {"ratio": "3:2", "image_area": 384})}
-"""Builder, and what its processor needs to draw."""
+def chameleon() -> tuple[Any, Any]:
+    """2 x 2 tokens, which are words in another order than their codes."""
+    codes = ["IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z" for code in range(CODES)]
+    named = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>", "sep_token": "<sep>"}
+    words = tokenizer(named, tuple(sorted(codes)))
+    ids = {"pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    config = ChameleonConfig(
+        vocab_size=len(words), **{**LAYERS, "initializer_range": 0.1}, **ids, vocabulary_map=dict(words.get_vocab()),
+        vq_config={
+            "embed_dim": 4, "num_embeddings": CODES, "latent_channels": 4, "resolution": 4, "base_channels": 32,
+            "channel_multiplier": [1, 1], "num_res_blocks": 1,
+        },
+    )  # fmt: skip
+    return ChameleonForConditionalGeneration(config), ChameleonProcessor(ChameleonImageProcessorPil(), words)
+
+
+class SmallPreview(GlmImageProcessor):
+    """Its small grid has 256 tokens for every size; here 2."""
+
+    def _get_target_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
+        rows, columns, *_ = super()._get_target_shape(height, width)
+        return rows, columns, 1, 2
+
+
+def glm_image() -> tuple[Any, Any]:
+    """1 x 2 tokens, then a picture of 2 x 3; the head also has the start's and the end's, which are not drawn."""
+    codes = tuple(f"<|dit_token_{code}|>" for code in range(CODES + 2))
+    named = {"image_token": "<image>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"}
+    words = tokenizer(named, first=codes)
+    words.bos_token, words.eos_token = codes[CODES:]
+    ids = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    config = GlmImageConfig(
+        text_config={
+            "vocab_size": len(words), "vision_vocab_size": CODES + 2, "rope_parameters": rope, **LAYERS, **ids,
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "image_size": 32, "patch_size": 16,
+        },
+        vq_config={"embed_dim": 4, "num_embeddings": CODES, "latent_channels": 16},
+        image_token_id=words.convert_tokens_to_ids("<image>"), image_start_token_id=CODES, image_end_token_id=CODES + 1,
+    )  # fmt: skip
+    model = GlmImageForConditionalGeneration(config)
+    model.generation_config.update(**ids)
+    return model, SmallPreview(GlmImageImageProcessorPil(patch_size=16, merge_size=1), words)
+
+
+def grey(codes: Any) -> list[Image.Image]:
+    """A decoder: each token a pixel, as bright as its number."""
+    return [Image.fromarray((each * 255 // CODES).byte().cpu().numpy()).convert("RGB") for each in codes]
+
+
+GLM_SIZE = {"target_h": 64, "target_w": 96}
+BUILDERS = {
+    "janus": (janus, {}),
+    "emu3": (emu3, {"processor": {"ratio": "3:2", "image_area": 384}}),
+    "chameleon": (chameleon, {"decoder": "families.drawing:grey"}),
+    "glm_image": (glm_image, {"decoder": "families.drawing:grey", "negative_prompt": "a", "processor": GLM_SIZE}),
+}
+"""Builder, and what its recipe says."""

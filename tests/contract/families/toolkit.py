@@ -27,16 +27,19 @@ class Family:
     """Whether a group's prompt is prefilled once."""
 
 
-def tokenizer(named: Mapping[str, str] | None = None, specials: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+def tokenizer(
+    named: Mapping[str, str] | None = None, specials: tuple[str, ...] = (), first: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
     """One token a character, and the special tokens that a processor asks for.
 
     Args:
         named: special tokens that the processor reads as attributes of the tokenizer, for instance `image_token`.
         specials: further special tokens.
+        first: tokens that come before all others.
     """
     named = dict(named or {})
     extra = tuple(dict.fromkeys([*named.values(), *specials]))
-    words = ["<pad>", "<unk>", "<bos>", "<eos>", "\n", *LETTERS]
+    words = [*first, "<pad>", "<unk>", "<bos>", "<eos>", "\n", *LETTERS]
     engine = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     engine.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     fast = PreTrainedTokenizerFast(

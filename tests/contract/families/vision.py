@@ -18,6 +18,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.video_utils import VideoMetadata
 
 from families.toolkit import Family, template, tokenizer, vocabulary
 
@@ -49,17 +50,20 @@ class FrameProcessor:
 
     def __init__(self, pictures: Qwen2VLImageProcessorPil) -> None:
         self._pictures, self.merge_size = pictures, pictures.merge_size
+        self.temporal_patch_size = 2
         self.model_input_names = ["pixel_values_videos", "video_grid_thw"]
 
     def __call__(self, videos: Any, **_: Any) -> dict[str, Any]:
-        patches, grids = [], []
+        patches, grids, told = [], [], []
         for frames in (video for row in videos for video in row):
             found = [self._pictures(frame, return_tensors="pt") for frame in frames]
             cells = [each["pixel_values"].unflatten(1, (3, 2, -1)) for each in found]  # [patches, RGB, 2 times, pixels]
             pairs = zip(cells[::2], cells[1::2], strict=True)
             patches += [torch.stack([first[:, :, 0], then[:, :, 1]], dim=2).flatten(1) for first, then in pairs]
             grids.append(found[0]["image_grid_thw"][0] * torch.tensor([len(frames) // 2, 1, 1]))
-        return {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.stack(grids)}
+            told.append(VideoMetadata(total_num_frames=len(frames), fps=24.0, frames_indices=[*range(len(frames))]))
+        grid = torch.stack(grids)
+        return {"pixel_values_videos": torch.cat(patches), "video_grid_thw": grid, "video_metadata": told}
 
 
 class WithoutVideo:
@@ -131,7 +135,7 @@ def qwen(name: str) -> tuple[Any, Any]:
     pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56}, patch_size=14)
     kind = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}[name]
     chat = template("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
-    return model, kind(pictures, words, FrameProcessor(pictures) if name == "qwen2_vl" else None, chat_template=chat)
+    return model, kind(pictures, words, FrameProcessor(pictures), chat_template=chat)
 
 
 def glm4v() -> tuple[Any, Any]:

@@ -81,7 +81,6 @@ AUDIO = [
             ),
         },
         LATENT | {"audio_end_in_s": 1.0},
-        row_tolerance=1e-4,
     ),
     Case(
         "StableAudio3Pipeline",

@@ -15,6 +15,7 @@ from PIL import Image
 from tests.contract.pipelines.components import FACTORIES, tokenizer
 from tests.contract.pipelines.tiny import TINY
 
+Kernel = Literal["auto", "flow_sde", "dance_sde", "cps", "ddim", "ancestral", "renoise"]
 NEVER = {"safety_checker", "watermarker", "image_encoder", "feature_extractor", "transformer_2", "guider"}
 """Optional components that no denoising step depends on, absent unless a case brings them."""
 WANTED = {"unet", "transformer", "scheduler"}
@@ -33,19 +34,20 @@ class Case:
     """Dataset columns by name, from the row number."""
     images: int = 0
     """Condition pictures of each prompt."""
+    text: str = "{}"
+    """How the prompt is written around the row's text, for classes that want JSON or marks of pictures."""
     refused: str | None = None
     """Part of the message with which the policy must refuse this pipeline; None: it must replay exactly."""
     size: int = 32
     lora_targets: list[str] | Literal["auto"] = "auto"
-    checkpointing: bool = True
-    """False: the class's gradient checkpointing fails or computes something else (Chroma's drops a mask)."""
+    kernel: Kernel = "auto"
+    """Which transition kernel is tried; another than `auto` where the class reads its own scheduler's sigmas."""
     half: bool = True
-    """False: the class mixes dtypes in bfloat16, so that LoRA is tried in float32."""
+    """False: the class fails in bfloat16, so that LoRA is tried in float32."""
+    half_note: str = "float32 only: mixes dtypes in bfloat16"
+    """How it fails."""
     note: str = ""
     """What to mind, for the table."""
-    row_tolerance: float = 1e-5
-    """Largest difference of a log-prob when one row is replayed alone (other matrix shapes round differently, and a
-    step of little noise magnifies it)."""
     constants: dict[str, Any] = field(default_factory=dict)
     """Names in the pipeline's module that fix a resolution which no test can afford, and what stands in for them."""
     attributes: dict[str, Any] = field(default_factory=dict)

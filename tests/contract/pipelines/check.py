@@ -2,19 +2,19 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.contract.pipelines.build import Case, build, call_settings, picture
+from tests.contract.pipelines.build import Case, Kernel, build, call_settings, picture
 from unified_rl.policies.diffusion import DiffusionPolicy
+from unified_rl.policies.savings import checkpoint_blocks
 from unified_rl.recipe.policy import Adapter, DiffusionSampling, PolicyBlock
 from unified_rl.types import Prompt, Segment
 
 TEXTS = ("a red circle", "two blue square on the left")
 NUM_STEPS = 3
-Kernel = Literal["auto", "flow_sde", "dance_sde", "cps", "ddim", "ancestral", "renoise"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Measured:
     gap: float
     """Largest |replayed - reported| log-prob at the rollout's batch shape."""
     row_gap: float
-    """The same for one row alone."""
+    """The same for one row alone, whose matrix shapes round differently."""
+    rounding: float
+    """How much a log-prob of the last noisy step, which one row alone is tried on, moves by float32's rounding of its
+    mean: eps * |mean| / std, the mean over dims as in the log-prob. EDM schedules end at a std of 0.001."""
     smallest_gradient: float
     """Smallest gradient norm of a stochastic step, over the denoiser."""
-    checkpointing_gap: float | None
-    """Largest difference of a parameter's gradient with gradient checkpointing, over the gradient's norm; None: the
-    denoiser has no checkpointing."""
+    checkpointing_gap: float
+    """Largest difference of a parameter's gradient with gradient checkpointing, over the gradient's norm."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,21 @@ class MeasuredLora:
 
 
 def policy_of(
-    case: Case, kernel: Kernel = "auto", *, lora: bool = False, pipeline: Any | None = None
+    case: Case,
+    kernel: Kernel = "auto",
+    *,
+    lora: bool = False,
+    pipeline: Any | None = None,
+    noise_level: float = 0.7,
 ) -> DiffusionPolicy:
     """A policy over a fresh instance of the class, or over a `pipeline` that is used up.
 
     Args:
         lora: adapters on a bfloat16 pipeline, in place of full fine-tuning in float32.
     """
+    kernel = case.kernel if kernel == "auto" else kernel
     sampling = DiffusionSampling(
-        num_inference_steps=NUM_STEPS, noise_level=0.7, kernel=kernel, call=call_settings(case)
+        num_inference_steps=NUM_STEPS, noise_level=noise_level, kernel=kernel, call=call_settings(case)
     )
     block = PolicyBlock(
         model=case.name,
@@ -70,7 +78,7 @@ def policy_of(
 def prompts_of(case: Case, dtype: torch.dtype = torch.float32) -> list[Prompt]:
     return [
         Prompt(
-            text=text,
+            text=case.text.replace("{}", text),
             images=tuple(picture(row + 10 * index, case.size) for index in range(case.images)),
             columns={key: _cast(make(row), dtype) for key, make in case.columns.items()},
             group_id=row,
@@ -93,9 +101,12 @@ def _apart(segment: Segment, log_probs: Tensor, step: int) -> float:
     return float((log_probs.detach() - segment.rollout_log_probs[:, step]).abs().max())
 
 
-def _gap(policy: DiffusionPolicy, segment: Segment, step: int) -> float:
+def _gap(policy: DiffusionPolicy, segment: Segment, step: int) -> tuple[float, float]:
+    """Distance of a replay without gradients, and what float32's rounding makes of it."""
     with torch.no_grad():
-        return _apart(segment, policy.log_prob("image", segment, slice(step, step + 1)).log_probs[:, 0], step)
+        stats = policy.log_prob("image", segment, slice(step, step + 1))
+    rounding = torch.finfo(torch.float32).eps * stats.mean.abs().mean() / stats.std.min()
+    return _apart(segment, stats.log_probs[:, 0], step), float(rounding)
 
 
 def _stochastic(segment: Segment) -> list[int]:
@@ -120,7 +131,7 @@ def _norm(gradients: dict[str, Tensor]) -> float:
 def measure(case: Case, kernel: Kernel = "auto", *, pipeline: Any | None = None) -> Measured:
     """Sample all rows, replay each step at the batch shape with gradients, and the last one with the last row alone."""
     policy = policy_of(case, kernel, pipeline=pipeline)
-    gaps, row_gaps, norms, checkpointing = [], [], [], None
+    gaps, row_gaps, norms = [], [(0.0, 0.0)], []
     for call in _calls(case, prompts_of(case)):
         segment = policy.sample(call).segments["image"]
         steps = _stochastic(segment)
@@ -130,19 +141,20 @@ def measure(case: Case, kernel: Kernel = "auto", *, pipeline: Any | None = None)
             norms.append(_norm(gradients))
         if len(call) > 1:
             row_gaps.append(_gap(policy, segment.rows(slice(len(call) - 1, len(call))), steps[-1]))
-    if case.checkpointing and policy.module._supports_gradient_checkpointing:
-        policy.module.enable_gradient_checkpointing()
-        _, again = _gradients(policy, segment, step)
-        assert again.keys() == gradients.keys()
-        checkpointing = max(float((again[name] - gradients[name]).norm()) for name in again) / norms[-1]
-        policy.module.disable_gradient_checkpointing()
+    for part in policy._denoisers.parts.values():
+        checkpoint_blocks(part)
+    _, again = _gradients(policy, segment, step)
+    assert again.keys() == gradients.keys()
+    for module in policy.module.modules():
+        vars(module).pop("forward", None)  # the blocks' own again
     return Measured(
         kernel=policy._head.kernel,
         num_steps=segment.rollout_log_probs.shape[1],
         gap=max(gaps),
-        row_gap=max(row_gaps, default=0.0),
+        row_gap=max(gap for gap, _ in row_gaps),
+        rounding=max(rounding for _, rounding in row_gaps),
         smallest_gradient=min(norms),
-        checkpointing_gap=checkpointing,
+        checkpointing_gap=max(float((again[name] - gradients[name]).norm()) for name in again) / norms[-1],
     )
 
 
@@ -155,7 +167,7 @@ def measure_lora(case: Case, *, pipeline: Any | None = None) -> MeasuredLora:
         segment = policy.sample(call).segments["image"]
         first, last = _stochastic(segment)[0], _stochastic(segment)[-1]
         log_probs, gradients = _gradients(policy, segment, last)
-        gaps += [_apart(segment, log_probs, last), _gap(policy, segment, first)]
+        gaps += [_apart(segment, log_probs, last), _gap(policy, segment, first)[0]]
     return MeasuredLora(gap=max(gaps), gradient=_norm(gradients), others=sum("lora_" not in name for name in gradients))
 
 

@@ -179,6 +179,7 @@ FACTORIES: dict[str, Callable[[], Any]] = {
     "KarrasDiffusionSchedulers": betas,
     "DDIMScheduler": betas,
     "DDPMScheduler": lambda: betas("DDPMScheduler"),
+    "DDPMWuerstchenScheduler": diffusers.DDPMWuerstchenScheduler,
     "LCMScheduler": lambda: betas("LCMScheduler"),
     "EulerDiscreteScheduler": lambda: betas("EulerDiscreteScheduler"),
     "DPMSolverMultistepScheduler": lambda: betas("DPMSolverMultistepScheduler"),

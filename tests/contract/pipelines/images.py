@@ -164,15 +164,15 @@ def rgba(row: int):
     return picture(row).convert("RGBA")
 
 
-def rgba_vae():
+def rgba_vae(z_dim: int = 4):
     return diffusers.AutoencoderKLQwenImage(
         base_dim=4,
-        z_dim=4,
+        z_dim=z_dim,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
+        latents_mean=[0.0] * z_dim,
+        latents_std=[1.0] * z_dim,
         input_channels=4,
     )
 
@@ -182,9 +182,7 @@ def small_pair(area, ratio):
 
 
 IMAGES = [
-    Case(
-        "ChromaInpaintPipeline", CHROMA | {"transformer": chroma_with_flag}, checkpointing=False, columns=IMAGE | MASKED
-    ),
+    Case("ChromaInpaintPipeline", CHROMA | {"transformer": chroma_with_flag}, columns=IMAGE | MASKED),
     Case("FluxControlInpaintPipeline", {"transformer": lambda: flux(32)} | FLUX_VAE, columns=CONTROLLED | MASKED),
     Case("FluxControlNetImg2ImgPipeline", FLUX_CONTROLLED, columns=CONTROLLED),
     Case("FluxControlNetInpaintPipeline", FLUX_CONTROLLED, columns=CONTROLLED | MASKED),
@@ -301,7 +299,6 @@ IMAGES = [
     ),
     Case(
         "HunyuanImagePipeline",
-        checkpointing=False,
         components=NO_TEXT | {"text_encoder_2": None, "tokenizer_2": None},
         columns=EMBEDDED
         | {
@@ -318,6 +315,7 @@ IMAGES = [
         attributes={"resolutions": [(32, 32)]},
     ),
     Case("DreamLitePipeline", PROCESSED | {"unet": dream}, rows=1),
+    Case("DreamLiteMobilePipeline", PROCESSED | {"unet": dream}, rows=1),
     Case(
         "VisualClozeGenerationPipeline",
         {"transformer": lambda: flux(16 + 16 + 4 * 4, guidance_embeds=True), "resolution": 32} | FLUX_VAE,
@@ -326,7 +324,6 @@ IMAGES = [
             "task_prompt": lambda row: "a red star",
             "content_prompt": lambda row: "on the left",
         },
-        rows=1,
     ),
     Case(
         "ErnieImagePipeline",

@@ -1,7 +1,7 @@
 """Writes the table of pipeline classes: `python -m tests.contract.pipelines.table [CLASS...]` from the repository.
 
 Builds the named classes (default: all) and writes unified_rl/policies/pipeline_table.csv and docs/pipelines.md. Rows
-of classes that no case covers (refused, untried) are kept as they stand in the table: they are edited there.
+of classes that no case covers (refused ones) are kept as they stand in the table: they are edited there.
 """
 
 import csv
@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from tests.contract.pipelines.build import Case
 from tests.contract.pipelines.cases import CASES
 from tests.contract.pipelines.check import policy_of
-from unified_rl.policies.pipeline_table import PipelineRow, pipeline_table
+from unified_rl.policies.pipeline_table import ONE_ROW, PipelineRow, pipeline_table
 
 ROOT = Path(__file__).parent.parent.parent.parent
 TABLE = ROOT / "unified_rl" / "policies" / "pipeline_table.csv"
@@ -26,10 +26,15 @@ HEAD = """# Diffusers pipelines
 Every pipeline class that diffusers {version} exports. *exact* classes were built tiny from their configs and tried by
 `tests/contract/test_pipelines.py`: full fine-tuning in float32, with guidance where the class has it, two rows of
 different prompts: sampled, each step replayed at the rollout's batch shape (no log-prob differs by more than 1e-5) and
-the last one for one row alone, with finite, non-zero gradients in the denoiser, equal ones with gradient checkpointing
-where the class has that; then LoRA in bfloat16, its first and last noisy steps replayed without any difference.
-*refused* classes raise `UnsupportedPipelineError` before anything is loaded. *untried* ones could not be built; for
-them, as for any class of your own, the check of the replay gap at a run's first rollout decides.
+the last one for one row alone (the same; where that step's std is as small as 0.001, as in EDM schedules, float32's
+rounding of its mean moves the log-prob by up to 1e-4, and no more is allowed), with finite, non-zero gradients in the
+denoiser, equal ones with gradient checkpointing; then LoRA in bfloat16, its first and last noisy steps replayed without
+any difference.
+*refused* classes raise `UnsupportedPipelineError` before anything is loaded. For a class that is not listed, such
+as one of your own, the check of the replay gap at a run's first rollout decides.
+
+Rewards get pictures, a video's frames or, for sound, the waveform (an array) as a completion's `images`; a run keeps
+waveforms among its samples as `.npy` files.
 
 {counts}
 
@@ -87,11 +92,11 @@ def tried_row(case: Case) -> PipelineRow:
 def note_of(case: Case) -> str:
     notes = [case.note] if case.note else []
     if case.rows == 1:
-        notes.append("one row a call: engine.micro_batch 1")
+        notes.append(ONE_ROW)
+    if case.kernel != "auto":
+        notes.append(f"policy.sampling.kernel: {case.kernel}, the class reads its scheduler's sigmas")
     if not case.half:
-        notes.append("float32 only: mixes dtypes in bfloat16")
-    if not case.checkpointing:
-        notes.append("without gradient checkpointing, which fails or computes something else in diffusers 0.42")
+        notes.append(case.half_note)
     return "; ".join(notes)
 
 

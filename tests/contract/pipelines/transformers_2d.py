@@ -153,7 +153,7 @@ def qwen_vae():
     )
 
 
-def z_image():
+def z_image(**more):
     return diffusers.ZImageTransformer2DModel(
         in_channels=4,
         dim=32,
@@ -163,7 +163,8 @@ def z_image():
         n_kv_heads=2,
         cap_feat_dim=WIDTH,
         axes_dims=[4, 4, 8],
-        axes_lens=[64, 64, 64],
+        axes_lens=[256, 64, 64],
+        **more,
     )
 
 
@@ -245,8 +246,8 @@ KLEIN = {"transformer": flux2, "vae": flux2_vae, "is_distilled": False}
 KLEIN_CALL = {"text_encoder_out_layers": (0, 1, 2)}
 
 TRANSFORMERS_2D = [
-    Case("ChromaPipeline", CHROMA, checkpointing=False),
-    Case("ChromaImg2ImgPipeline", CHROMA, columns=IMAGE, checkpointing=False),
+    Case("ChromaPipeline", CHROMA),
+    Case("ChromaImg2ImgPipeline", CHROMA, columns=IMAGE),
     Case("AuraFlowPipeline", {"transformer": aura}),
     Case("PixArtAlphaPipeline", {"transformer": pixart}, {"use_resolution_binning": False}),
     Case("PixArtSigmaPipeline", {"transformer": pixart}, {"use_resolution_binning": False}),

@@ -151,7 +151,13 @@ MORE_VIDEOS = [
     ),
     Case("LTXI2VLongMultiPromptPipeline", {"transformer": ltx, "vae": ltx_vae}, LATENT | {"num_frames": 9}, rows=1),
     Case("LTX2Pipeline", LTX2, LATENT),
-    Case("LTX2ImageToVideoPipeline", LTX2, LATENT | {"image_crf": 0}, columns=IMAGE, rows=1),
+    Case(
+        "LTX2ImageToVideoPipeline",
+        LTX2,
+        LATENT | {"image_crf": 0},
+        columns=IMAGE,
+        note="several rows a call with policy.sampling.call.image_crf: 0 only",
+    ),
     Case("LTX2ConditionPipeline", LTX2, LATENT),
     Case("LTX2InContextPipeline", LTX2, LATENT),
 ]
