@@ -10,7 +10,7 @@ from torch import Tensor
 from unified_rl.advantages import group_advantages
 from unified_rl.engine import distributed
 from unified_rl.rollout import Rollout
-from unified_rl.types import Prompt, Scores, Segment, Trajectory, concat_trajectories
+from unified_rl.types import Prompt, Scores, Trajectory, concat_trajectories
 
 FAR = 10**9
 """Spare rollouts are numbered from here, far from those that a run can reach."""
@@ -91,19 +91,10 @@ def _pick(first: Rollout, second: Rollout, order: Sequence[int]) -> Rollout:
     return replace(first, prompts=[prompts[row] for row in order], trajectory=_take(joined, order), scores=scores)
 
 
-def _take(trajectory: Trajectory, order: Sequence[int]) -> Trajectory:
-    rows = list(order)
-    segments = {}
-    for name, segment in trajectory.segments.items():
-        actions = {
-            key: column[rows] if isinstance(column, Tensor) else [column[row] for row in rows]
-            for key, column in segment.actions.items()
-        }
-        segments[name] = Segment(
-            actions=actions,
-            rollout_log_probs=segment.rollout_log_probs[rows],
-            loss_mask=segment.loss_mask[rows],
-            turn_ids=segment.turn_ids[rows],
-        )
-    completions = [trajectory.completions[row] for row in rows]
-    return replace(trajectory, group_ids=trajectory.group_ids[rows], segments=segments, completions=completions)
+def _take(trajectory: Trajectory, rows: Sequence[int]) -> Trajectory:
+    return replace(
+        trajectory,
+        group_ids=trajectory.group_ids[list(rows)],
+        segments={name: segment.rows(list(rows)) for name, segment in trajectory.segments.items()},
+        completions=[trajectory.completions[row] for row in rows],
+    )
