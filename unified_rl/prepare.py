@@ -27,7 +27,7 @@ from unified_rl.recipe.schema import Recipe
 from unified_rl.rewards.overlong import counted, length_metrics, punishment
 from unified_rl.rollout import Rollout
 from unified_rl.types import Prompt, Segment
-from unified_rl.valuation import Valued, step_values, valued_advantages
+from unified_rl.valuation import Valued, step_values, value_metrics, valued_advantages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +99,7 @@ def prepare(
     """Advantages and anchors of all segments of rollout number `index`, and what they add to the metrics."""
     prepared: list[Prepared] = []
     row: dict[str, float] = {}
+    num_steps = num_nats = 0.0
     started = time.perf_counter()
     for name, segment in rollout.trajectory.segments.items():
         if not recipe.trains(name):
@@ -112,13 +113,13 @@ def prepare(
         if anchor is not None and anchor.kl is not None:
             penalties = memory.kl_coef(name, objective) * anchor.kl
             steps, nats = distributed.sum_over_ranks([float(segment.loss_mask.sum()), float(anchor.kl.sum())])
-            row["kl"] = nats / max(steps, 1.0)
+            num_steps, num_nats = num_steps + steps, num_nats + nats
+            row["kl"] = num_nats / max(num_steps, 1.0)
         valued = None
         if objective.advantage == "gae":
             known = anchor.values if anchor is not None else None
             values = step_values(policy, name, segment, recipe.engine.micro_batch) if known is None else known
-            advantages, valued, metrics = valued_advantages(objective, segment, values, total, penalties)
-            row |= metrics
+            advantages, valued = valued_advantages(objective, segment, values, total, penalties)
         else:
             total = total if penalties is None else total - penalties.sum(1)
             advantages = advantages_of(name, objective, total, rollout, recipe, memory)
@@ -136,6 +137,7 @@ def prepare(
         )
         if anchor is not None:
             row["time/anchor"] = time.perf_counter() - started
+    row |= value_metrics([part.valued for part in prepared if part.valued is not None])
     teaching = torch.stack([_any_step(part.advantages.ne(0.0)) & part.valid for part in prepared]).any(0)
     valid = ~rollout.scores.total.isnan()
     num_teaching, num_valid = distributed.sum_over_ranks([float(teaching.sum()), float(valid.sum())])

@@ -1,5 +1,6 @@
 """Advantages from a critic: what a rollout's steps were worth when they were drawn, before its first update."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from unified_rl.recipe.objective import Objective
 from unified_rl.types import Segment
 
 STD_EPS = 1e-8
+SAME = 1e-6
+"""Returns whose std is at most this share of the largest one are all the same but for rounding, and explain nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +46,8 @@ def step_values(policy: Policy, name: str, segment: Segment, micro_batch: int) -
 
 def valued_advantages(
     objective: Objective, segment: Segment, values: Tensor, total: Tensor, penalties: Tensor | None
-) -> tuple[Tensor, Valued, dict[str, float]]:
-    """Advantages of the steps of this process's rows, what their critic is trained towards, and metrics.
+) -> tuple[Tensor, Valued]:
+    """Advantages of the steps of this process's rows, and what their critic is trained towards.
 
     Args:
         values: [N, S].
@@ -66,14 +69,13 @@ def valued_advantages(
     else:
         advantages, trained = gae(rewards, values, segment.loss_mask, **discount), mask
     returns = (advantages + values.double()).masked_fill(~trained, 0.0)
-    metrics = _explained(values.double(), returns, trained)
     if critic.whiten:
         mean, std = moments(advantages, mask)
         advantages = (advantages - mean) / (std + STD_EPS)
     if objective.advantage_clip is not None:
         advantages = advantages.clamp(-objective.advantage_clip, objective.advantage_clip)
     advantages = advantages.masked_fill(~mask, 0.0).to(values.dtype)
-    return advantages, Valued(values=values, returns=returns.to(values.dtype), mask=trained), metrics
+    return advantages, Valued(values=values, returns=returns.to(values.dtype), mask=trained)
 
 
 def moments(values: Tensor, mask: Tensor) -> tuple[float, float]:
@@ -93,10 +95,19 @@ def _at_last_step(total: Tensor, loss_mask: Tensor) -> Tensor:
     return rewards.scatter(1, last[:, None], total[:, None]).masked_fill(~loss_mask, 0.0)
 
 
-def _explained(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 as good as a constant; NaN if the returns do
-    not vary."""
+def value_metrics(valued: Sequence[Valued]) -> dict[str, float]:
+    """What the critics of a rollout's segments said, all their trained steps together; empty without a critic.
+
+    value/explained_variance: 1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 as good as a constant;
+    NaN if the returns do not vary.
+    """
+    if not valued:
+        return {}
+    values = torch.cat([part.values.flatten() for part in valued]).double()
+    returns = torch.cat([part.returns.flatten() for part in valued]).double()
+    mask = torch.cat([part.mask.flatten() for part in valued])
     _, error = moments(returns - values, mask)
     _, spread = moments(returns, mask)
-    explained = 1.0 - (error / spread) ** 2 if spread > 0.0 else float("nan")
+    (largest,) = distributed.max_over_ranks([float(returns.abs().max()) if len(returns) else 0.0])
+    explained = 1.0 - (error / spread) ** 2 if spread > SAME * largest else float("nan")
     return {"value/mean": moments(values, mask)[0], "value/explained_variance": explained}

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from unified_rl.train import Position, StopSignal, collect, plan_update, run_loo
 from unified_rl.update import window_loss
 
 BEGIN = Position(step=0, rollout=0)
+NAMES = ("first", "second")
+MATRICES = ("rollout_log_probs", "loss_mask", "turn_ids")
 
 
 def rows_of(parts: Any) -> list[dict[str, Any]]:
@@ -184,6 +187,32 @@ def test_kl_in_the_reward_is_taken_off_before_advantages(tmp_path: Path):
     )
     torch.testing.assert_close(prepared.advantages, expected)
     assert row["kl"] == pytest.approx(float(per_token[tokens].mean())) and penalty.abs().max() > 0.1
+
+
+def test_divergences_of_several_segments_are_averaged_over_all_their_steps(tmp_path: Path):
+    class Twice(Bandit):
+        """The same tokens as two segments, the second one measured from the reference as half as far away."""
+
+        def sample(self, prompts, *, evaluation=False):
+            drawn = super().sample(prompts, evaluation=evaluation)
+            segment = drawn.segments["text"]
+            first = replace(segment, **{key: getattr(segment, key)[:, :1] for key in MATRICES})
+            return replace(drawn, segments={"first": first, "second": segment})
+
+        def log_prob(self, name, segment, steps):
+            stats = super().log_prob(name, segment, steps)
+            width = segment.loss_mask.shape[1]
+            scale = 1.0 if name == "first" else 0.5
+            return replace(stats, log_probs=stats.log_probs[:, :width] * scale, entropy=None)
+
+    policy = Twice([0.5, 0.0, -0.5], num_steps=3)
+    policy.steps_per_forward, policy.max_steps = dict.fromkeys(NAMES), dict.fromkeys([*NAMES, "text"], 3)
+    with torch.no_grad():
+        policy.module.weight.copy_(torch.tensor([1.0, 0.2, -1.0]))
+    kl = {"coef": 0.3, "estimator": "k1", "place": "reward"}
+    _, (first, second), row = collect(build_parts(tmp_path, policy, objective={"kl": kl}), 0)
+    nats = first.anchor.kl.sum() + second.anchor.kl.sum()
+    assert row["kl"] == pytest.approx(float(nats) / (16 + 48)) and first.anchor.kl.abs().sum() > 1.0
 
 
 def test_gaussian_kl_in_the_reward_by_hand(tmp_path: Path):

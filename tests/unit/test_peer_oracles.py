@@ -166,7 +166,7 @@ def valued(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         turn_ids=torch.zeros(mask.shape, dtype=torch.int64),
     )
     # Rewards of single steps come in as penalties with the other sign.
-    advantages, trained, _ = valued_advantages(
+    advantages, trained = valued_advantages(
         objective, segment, INPUTS["values"], torch.zeros(len(mask)), -INPUTS["step_rewards"]
     )
     return advantages, trained.returns, mask

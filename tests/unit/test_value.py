@@ -1,5 +1,7 @@
 """Generalised advantage estimation, the value loss and explained variance, by hand."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from unified_rl.objectives.value import gae, gae_over_turns, value_loss
 from unified_rl.recipe.critic import Critic
 from unified_rl.recipe.objective import Objective
 from unified_rl.types import Segment
-from unified_rl.valuation import valued_advantages
+from unified_rl.valuation import Valued, value_metrics, valued_advantages
 
 
 def matrix(*rows: list[float]) -> Tensor:
@@ -89,12 +91,17 @@ def valued(total: list[float], values: Tensor, mask: Tensor, penalties: Tensor |
     return valued_advantages(objective, segment, values, torch.tensor(total), penalties)
 
 
+def explained(trained: Valued) -> float:
+    return value_metrics([trained])["value/explained_variance"]
+
+
 MASK = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
 VALUES = torch.tensor([[0.5, 0.5, 0.5], [0.0, 1.0, 9.0], [7.0, 7.0, 7.0]])
 
 
 def test_rewards_count_at_the_last_step_and_excluded_rows_not_at_all():
-    advantages, trained, metrics = valued([1.0, 2.0, float("nan")], VALUES, MASK)
+    advantages, trained = valued([1.0, 2.0, float("nan")], VALUES, MASK)
+    metrics = value_metrics([trained])
     torch.testing.assert_close(advantages, torch.tensor([[0.5, 0.5, 0.5], [2.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
     torch.testing.assert_close(trained.returns, torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0]]))
     assert trained.mask.tolist() == [[True] * 3, [True, True, False], [False] * 3]
@@ -106,21 +113,38 @@ def test_rewards_count_at_the_last_step_and_excluded_rows_not_at_all():
 def test_a_perfect_critic_explains_everything_and_a_constant_nothing():
     returns = torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
     total = [1.0, 2.0, float("nan")]
-    assert valued(total, returns, MASK)[2]["value/explained_variance"] == pytest.approx(1.0)
-    assert valued(total, torch.full((3, 3), 0.3), MASK)[2]["value/explained_variance"] == pytest.approx(0.0)
-    assert valued([1.0, 1.0, 1.0], VALUES, MASK)[2]["value/explained_variance"] != 1.0  # returns do not vary: NaN
+    assert explained(valued(total, returns, MASK)[1]) == pytest.approx(1.0)
+    assert explained(valued(total, torch.full((3, 3), 0.3), MASK)[1]) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1000.1])
+def test_returns_that_do_not_vary_are_explained_by_nothing(reward: float):
+    """Also where rounding makes them differ: a run whose rewards are tied has no bad critic."""
+    assert math.isnan(explained(valued([reward] * 3, VALUES / 7.0, MASK)[1]))
+
+
+def test_the_critics_of_several_segments_are_judged_together():
+    first, second = (
+        valued([1.0, 2.0, 4.0], VALUES, MASK)[1],
+        valued([3.0, -1.0, 0.5], VALUES[:, :2] * 0.1, MASK[:, :2])[1],
+    )
+    returns = torch.cat([part.returns[part.mask] for part in (first, second)])
+    values = torch.cat([part.values[part.mask] for part in (first, second)])
+    metrics = value_metrics([first, second])
+    assert metrics["value/explained_variance"] == pytest.approx(float(1 - (returns - values).var() / returns.var()))
+    assert metrics["value/mean"] == pytest.approx(float(values.mean())) and value_metrics([]) == {}
 
 
 def test_penalties_are_taken_off_each_step():
     penalties = torch.tensor([[0.1, 0.2, 0.3], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    advantages, _, _ = valued([1.0, 2.0, 3.0], torch.zeros(3, 3), MASK, penalties)
+    advantages, _ = valued([1.0, 2.0, 3.0], torch.zeros(3, 3), MASK, penalties)
     torch.testing.assert_close(advantages[0], torch.tensor([0.4, 0.5, 0.7]))
 
 
 def test_whitened_advantages_have_mean_0_and_std_1():
-    advantages, trained, _ = valued([1.0, 2.0, float("nan")], VALUES, MASK, whiten=True)
+    advantages, trained = valued([1.0, 2.0, float("nan")], VALUES, MASK, whiten=True)
     chosen = advantages[trained.mask]
     assert chosen.mean() == pytest.approx(0.0, abs=1e-6) and chosen.std() == pytest.approx(1.0)
-    plain, _, _ = valued([1.0, 2.0, float("nan")], VALUES, MASK)
+    plain, _ = valued([1.0, 2.0, float("nan")], VALUES, MASK)
     torch.testing.assert_close(trained.returns, valued([1.0, 2.0, float("nan")], VALUES, MASK)[1].returns)
     assert torch.equal(advantages[trained.mask].argsort(stable=True), plain[trained.mask].argsort(stable=True))
