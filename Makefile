@@ -15,7 +15,7 @@ env: $(STAMP)
 # deepspeed is a source distribution whose setup imports torch: torch first, then no isolated build
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel hatchling
 	$(BIN)/pip install --quiet -c constraints.txt torch numpy
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	# of these only files of numbers are read

@@ -25,8 +25,10 @@ from unified_rl.recipe.policy import (
 from unified_rl.recipe.presets import PRESETS, RECIPE_PRESETS, SAMPLING_PRESETS
 from unified_rl.recipe.schema import Recipe
 
-RECIPES = Path(__file__).parent.parent.parent / "recipes"
-"""Where the recipes that ship with the project lie; they may be named without their path."""
+_PACKAGE = Path(__file__).parent.parent
+_OF_WHEEL = _PACKAGE / "shipped_recipes"
+RECIPES = _OF_WHEEL if _OF_WHEEL.is_dir() else _PACKAGE.parent / "recipes"
+"""Where the recipes that ship with the project lie, in a wheel or a checkout; they may be named without their path."""
 
 
 _OURS = {"all", "DiffusionSampling", "TextSampling", "ImageTokenSampling"}
