@@ -289,3 +289,7 @@ def test_explain_spells_out_the_run(raw, tmp_path):
 )
 def test_listing(kind, line):
     assert line in listing(kind)
+
+
+def test_recipes_are_listed_by_whole_sentences():
+    assert all(line.endswith(".") and " " in line for line in listing("recipes").splitlines())

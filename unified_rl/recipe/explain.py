@@ -1,7 +1,9 @@
 """What a resolved recipe will do, in words and counts, before any model is loaded; must not import torch."""
 
 import inspect
+import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -140,7 +142,7 @@ def listing(kind: str) -> str:
     elif kind == "presets":
         lines = [(name, f"{paper}: {_compact(keys)}{_other_keys(name)}") for name, (paper, keys) in PRESETS.items()]
     else:
-        lines = [(path.stem, _first_comment(path.read_text(encoding="utf-8"))) for path in shipped_recipes()]
+        lines = [(path.stem, _first_sentence(path.read_text(encoding="utf-8"))) for path in shipped_recipes()]
     return _aligned(lines, indent="")
 
 
@@ -353,9 +355,11 @@ def _key_lines(block: type[Block]) -> list[tuple[str, str]]:
     return lines
 
 
-def _first_comment(text: str) -> str:
-    first = text.partition("\n")[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+def _first_sentence(text: str) -> str:
+    """Of the comment that a recipe begins with."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    joined = " ".join(line.removeprefix("#").strip() for line in comment)
+    return re.split(r"(?<=\.) (?=[A-Z])", joined, maxsplit=1)[0]
 
 
 def _names_only(arguments: dict[str, Any]) -> str:
