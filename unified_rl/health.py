@@ -25,10 +25,14 @@ class Health:
     """Watches the rows of metrics.jsonl. A warning is given once, and again only after its cause went away."""
 
     def __init__(self, recipe: Recipe) -> None:
-        clipped = [objective for objective in recipe.objective.values() if objective.loss in ("clip", "guard")]
-        ranges = [min(objective.clip_low, objective.clip_high) for objective in clipped]
+        clipped = [
+            objective
+            for objective in recipe.objective.values()
+            if objective.loss in ("clip", "guard") and objective.threshold_unit == "mean"
+        ]
+        self._clip = min((min(each.clip_low, each.clip_high) for each in clipped), default=math.inf)
         # With one update a rollout every ratio is 1, and no clip acts.
-        self._clip = min(ranges, default=math.inf) if recipe.updates_per_rollout > 1 else math.inf
+        self._clips = recipe.updates_per_rollout > 1
         self._grouped = recipe.group_size > 1
         self._flat = self._sparse = self._blind = 0
         self._first_entropy: float | None = None
@@ -77,8 +81,9 @@ class Health:
 
     def _of_a_rollout(self, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         gap = row.get("replay_gap", 0.0)
-        if gap * NOISE_MARGIN > self._clip:
-            message = f"the clip range {self._clip:g} is under {NOISE_MARGIN:g} times the replay gap {gap:.1e}: "
+        clip = min(self._clip, row.get("clip_range", math.inf))  # the latter: of those that are given in nats
+        if self._clips and gap * NOISE_MARGIN > clip:
+            message = f"the clip range {clip:.3g} is under {NOISE_MARGIN:g} times the replay gap {gap:.1e}: "
             yield "noise", message + "rounding decides what is clipped; widen clip_low and clip_high, or use float32"
         if self._flat >= PATIENCE:
             message = f"all rewards of each group were equal in {self._flat} rollouts in a row: nothing can be learnt; "

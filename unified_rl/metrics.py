@@ -1,5 +1,6 @@
 """Numbers of one optimiser step, summed over windows and processes."""
 
+import math
 import resource
 from collections import defaultdict
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ class StepMetrics:
     seconds: float = 0.0
     """Of this process's own forwards and backwards."""
     replay_gap: float = 0.0
+    clip_range: float = math.inf
+    """The smallest clip range that a recipe gave in nats, as what the ratio was compared with."""
     gaps: list[float] = field(default_factory=list)
     """The largest replay gap up to each window."""
     bad: list[int] = field(default_factory=list)
@@ -44,7 +47,9 @@ class StepMetrics:
         )
         means = {name: total / max(num_steps, 1.0) for name, total in zip(names, totals, strict=False)}
         means |= dict(zip(shares, totals[len(names) :], strict=True))
-        return {"loss": loss, **means, "replay_gap": distributed.max_over_ranks([self.replay_gap])[0]}
+        gap, negative_range = distributed.max_over_ranks([self.replay_gap, -self.clip_range])
+        bounds = {"clip_range": -negative_range} if math.isfinite(negative_range) else {}
+        return {"loss": loss, **means, **bounds, "replay_gap": gap}
 
 
 def reward_metrics(total: Tensor, breakdown: dict[str, Tensor]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from unified_rl.metrics import StepMetrics, slowest
 from unified_rl.objectives import kl as divergence
 from unified_rl.objectives.correction import off_policy_keep
-from unified_rl.objectives.policy_gradient import MAX_LOG_RATIO, clip_fractions, policy_loss
+from unified_rl.objectives.policy_gradient import clip_fractions, policy_loss
 from unified_rl.objectives.thresholds import mean_bounds, mean_divergence
 from unified_rl.objectives.value import value_loss
 from unified_rl.protocols import Engine, Policy
@@ -92,6 +92,8 @@ def _policy_loss(stats: StepStats, window: Window[Target], mask: Tensor, metrics
         num_dims = _num_dims(stats)
         clip_low, clip_high = mean_bounds(clip_low, clip_high, num_dims)
         max_divergence = mean_divergence(max_divergence, num_dims)
+        if objective.loss == "clip":
+            metrics.clip_range = min(metrics.clip_range, clip_low, clip_high)
     result = policy_loss(
         now,
         old,
@@ -126,7 +128,7 @@ def _policy_loss(stats: StepStats, window: Window[Target], mask: Tensor, metrics
         metrics.add("old_kl", old_kl, mask)
     moved = (now.detach() - old).masked_fill(~mask, 0.0)
     metrics.add("update_kl", divergence.estimate(-moved, torch.zeros_like(moved), "k3"), mask)
-    metrics.add("ratio/overflow", (moved.abs() >= MAX_LOG_RATIO).double(), mask)
+    metrics.add("ratio/overflow", result.overflow.double(), mask)
     metrics.add("ratio/mean", result.ratio, mask)
     return per_step
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from toys import Bandit, build_parts
+from toys import Bandit, Walker, build_parts
 
 from unified_rl.health import PATIENCE, Health
 from unified_rl.run_folder.tracking import read_jsonl
@@ -49,6 +49,16 @@ def test_each_cause_is_told_once_until_it_went_away(tmp_path, sick, message):
     assert watch.observe({**GOOD, **sick}, new_rollout=True) == []
     assert watch.observe(GOOD, new_rollout=True) == []
     assert len(watch.observe({**GOOD, **sick}, new_rollout=True)) == 1
+
+
+def test_a_clip_range_in_nats_is_compared_as_what_it_is_over_the_dims(tmp_path):
+    """0.2 nats of a step of 768 dims are 2.6e-4 of the mean that the replay gap is of too."""
+    objective = {"threshold_unit": "nats", "clip_low": 0.2, "clip_high": 0.3}
+    watch = Health(build_parts(tmp_path, Walker([0.0, 0.0]), objective=objective, epochs=2).recipe)
+    row = {**GOOD, "clip_range": 2.6e-4}
+    assert watch.observe({**row, "replay_gap": 8e-5}, new_rollout=True) == []
+    (warning,) = watch.observe({**row, "replay_gap": 1e-4}, new_rollout=True)
+    assert warning.startswith("the clip range 0.00026 is under 3 times the replay gap 1.0e-04")
 
 
 def test_the_clip_range_does_not_matter_on_policy(tmp_path):

@@ -342,3 +342,25 @@ def test_unknown_names_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="known: token"):
         log_ratios(matrix, matrix, loss_mask, "step")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("level", "cut"),
+    [
+        # Log-ratios of 15 and 15, of 25 and 0, and of 30 and (masked) 30.
+        ("token", [[False, False], [True, False], [True, False]]),
+        ("sequence", [[False, False], [False, False], [True, False]]),
+        ("sequence_product", [[True, True], [True, True], [True, False]]),
+        ("none", [[False, False], [False, False], [False, False]]),
+    ],
+)
+def test_ratios_that_overflow_are_counted_at_their_own_level(level: Any, cut: list[list[bool]]):
+    now = torch.tensor([[15.0, 15.0], [25.0, 0.0], [30.0, 30.0]], requires_grad=True)
+    mask = torch.tensor([[True, True], [True, True], [True, False]])
+    result = policy_loss(
+        now, torch.zeros(3, 2), torch.ones(3, 2), mask, loss="spo", ratio_level=level, clip_low=0.2, clip_high=0.2
+    )
+    assert result.overflow.tolist() == cut
+    if level != "none":  # which has no gradient at all
+        result.per_step.sum().backward()
+        assert not now.grad[torch.tensor(cut)].any()

@@ -52,6 +52,16 @@ def test_a_threshold_in_nats_is_one_of_means_over_dims(tmp_path: Path, dims: int
     assert (expected - gradient("free", {**mean(dims), "clip_low": 0.9, "clip_high": 9.0, "loss": "clip"})).any()
 
 
+def test_the_metrics_tell_what_a_clip_range_in_nats_amounts_to(tmp_path: Path):
+    objective = {"threshold_unit": "nats", "clip_low": 0.3, "clip_high": 0.2}
+    parts = build_parts(tmp_path / "a", Walker([0.0] * 8), objective=objective, num_steps=1)
+    run_loop(parts, BEGIN, StopSignal())
+    assert rows_of(parts)[0]["clip_range"] == pytest.approx(math.exp(0.2 / 8) - 1)
+    plain = build_parts(tmp_path / "b", Walker([0.0] * 8), num_steps=1)
+    run_loop(plain, BEGIN, StopSignal())
+    assert "clip_range" not in rows_of(plain)[0]
+
+
 def test_a_divergence_is_steered_to_its_target_in_nats(tmp_path: Path):
     kl = {"coef": 0.01, "estimator": "gaussian", "target": 0.02, "gain_p": 0.0, "gain_i": 0.5}
     objective = {"kl": kl, "threshold_unit": "nats"}

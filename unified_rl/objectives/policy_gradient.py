@@ -27,6 +27,8 @@ class PolicyLoss:
     """[B, S], 0 where masked."""
     ratio: Tensor
     """[B, S] policy over old policy, 1 where masked; at the sequence level all steps of a row have the same."""
+    overflow: Tensor
+    """[B, S] bool: where the log-ratio, at its level, was beyond MAX_LOG_RATIO and cut."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +119,8 @@ def policy_loss(
     if isinstance(loss, str) and loss not in LOSSES:
         raise ValueError(f"loss {loss!r}; known: {', '.join(LOSSES)}")
     function = LOSSES[loss] if isinstance(loss, str) else loss
-    ratio = log_ratios(log_probs, old_log_probs, loss_mask, ratio_level).exp()
+    log_ratio = log_ratios(log_probs, old_log_probs, loss_mask, ratio_level)
+    ratio = log_ratio.exp()
     terms = StepTerms(
         log_probs=log_probs.masked_fill(~loss_mask, 0.0),
         old_log_probs=old_log_probs.detach().masked_fill(~loss_mask, 0.0),
@@ -133,7 +136,11 @@ def policy_loss(
         step_std=None if step_std is None else step_std.detach().expand_as(ratio).masked_fill(~loss_mask, 1.0),
     )
     per_step = function(terms).masked_fill(~loss_mask, 0.0)
-    return PolicyLoss(per_step=per_step, ratio=ratio.masked_fill(~loss_mask, 1.0))
+    return PolicyLoss(
+        per_step=per_step,
+        ratio=ratio.masked_fill(~loss_mask, 1.0),
+        overflow=(log_ratio.detach().abs() >= MAX_LOG_RATIO) & loss_mask,
+    )
 
 
 def log_ratios(log_probs: Tensor, old_log_probs: Tensor, loss_mask: Tensor, level: RatioLevel) -> Tensor:
