@@ -79,7 +79,9 @@ def group_advantages(
     return _finish(advantages, clip, rewards)
 
 
-def batch_advantages(rewards: Tensor, *, clip: float | None = None) -> Tensor:
+def batch_advantages(
+    rewards: Tensor, *, clip: float | None = None, std_eps: float = STD_EPS, population_std: bool = False
+) -> Tensor:
     """(r - mean of all rewards) / (std of all rewards + STD_EPS): REINFORCE++ (Hu et al. 2025, arXiv 2501.03262).
 
     Without a baseline for each prompt: a prompt that is easier than others has positive advantages only. The paper
@@ -87,13 +89,13 @@ def batch_advantages(rewards: Tensor, *, clip: float | None = None) -> Tensor:
 
     Args:
         rewards: [N]; NaN excludes the sample, which gets 0.
-        clip: clamp the result to +-clip.
+        clip, std_eps, population_std: see `group_advantages`.
 
     Returns:
         [N] in the dtype of the rewards; all 0 if the rewards are tied.
     """
-    everyone = _GroupStatistics(rewards, torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device))
-    return _finish(_whiten(everyone), clip, rewards)
+    everyone = _everyone(rewards, population_std)
+    return _finish(_whiten(everyone, std_eps), clip, rewards)
 
 
 def gdpo_advantages(
@@ -103,6 +105,8 @@ def gdpo_advantages(
     group_ids: Tensor,
     *,
     clip: float | None = None,
+    std_eps: float = STD_EPS,
+    population_std: bool = False,
 ) -> Tensor:
     """Each reward normalised in its group, their weighted sum whitened over all samples: GDPO (Liu et al. 2026, arXiv
     2601.05242; TRL's normalize_then_sum).
@@ -114,7 +118,7 @@ def gdpo_advantages(
         weights: by reward; those that are missing or 0 are not trained on.
         valid: [N] bool; the others get 0 and enter no statistic.
         group_ids: [N] int64.
-        clip: clamp the result to +-clip.
+        clip, std_eps, population_std: see `group_advantages`; of both steps.
 
     Returns:
         [N] in the dtype of the rewards.
@@ -124,12 +128,21 @@ def gdpo_advantages(
     total = torch.zeros(len(valid), dtype=torch.float64, device=valid.device)
     for name in trained:
         rewards = breakdown[name].double().masked_fill(~valid, torch.nan)
-        total += weights[name] * group_advantages(rewards, group_ids, normalise="group_std")
-    everyone = _GroupStatistics(total.masked_fill(~valid, torch.nan), torch.zeros_like(group_ids))
-    return _finish(_whiten(everyone), clip, breakdown[trained[0]])
+        total += weights[name] * group_advantages(
+            rewards, group_ids, normalise="group_std", std_eps=std_eps, population_std=population_std
+        )
+    everyone = _everyone(total.masked_fill(~valid, torch.nan), population_std)
+    return _finish(_whiten(everyone, std_eps), clip, breakdown[trained[0]])
 
 
-def pass_k_advantages(rewards: Tensor, group_ids: Tensor, *, clip: float | None = None) -> Tensor:
+def pass_k_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    clip: float | None = None,
+    std_eps: float = STD_EPS,
+    population_std: bool = False,
+) -> Tensor:
     """(best - second best) / (std of the group + STD_EPS) for the best sample of each group, 0 for all others.
 
     Trains for the best of G samples and leaves the rest alone, so that diversity is not punished (verl's GRPO_PASSK,
@@ -138,9 +151,9 @@ def pass_k_advantages(rewards: Tensor, group_ids: Tensor, *, clip: float | None 
     Args:
         rewards: [N]; NaN excludes the sample.
         group_ids: [N] int64.
-        clip: clamp the result to +-clip.
+        clip, std_eps, population_std: see `group_advantages`.
     """
-    groups = _GroupStatistics(rewards, group_ids)
+    groups = _GroupStatistics(rewards, group_ids, population_std)
     advantages = torch.zeros_like(groups.rewards)
     for group in range(len(groups.count)):
         members = ((groups.index == group) & groups.valid).nonzero().flatten()
@@ -149,7 +162,7 @@ def pass_k_advantages(rewards: Tensor, group_ids: Tensor, *, clip: float | None 
         best, second = groups.rewards[members].topk(2).values
         if float(best - second) > TIE_TOLERANCE * float(best.abs()):
             winner = members[groups.rewards[members].argmax()]
-            advantages[winner] = (best - second) / (groups.std[group] + STD_EPS)
+            advantages[winner] = (best - second) / (groups.std[group] + std_eps)
     return _finish(advantages, clip, rewards)
 
 
@@ -161,8 +174,12 @@ class PromptStatistics:
     its past.
     """
 
-    def __init__(self, buffer_size: int, min_count: int) -> None:
+    def __init__(
+        self, buffer_size: int, min_count: int, *, std_eps: float = STD_EPS, population_std: bool = False
+    ) -> None:
+        """`std_eps` and `population_std` as in `group_advantages`; the authors' code has 1e-6 and numpy's std."""
         self._buffer_size, self._min_count = buffer_size, min_count
+        self._std_eps, self._population_std = std_eps, population_std
         self._history: dict[str, deque[float]] = {}
 
     def advantages(self, rewards: Tensor, keys: Sequence[str], *, clip: float | None = None) -> Tensor:
@@ -176,12 +193,12 @@ class PromptStatistics:
         Returns:
             [N]; 0 where the statistics that apply are tied.
         """
-        everyone = _GroupStatistics(rewards, torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device))
+        everyone = _everyone(rewards, self._population_std)
         assert len(keys) == len(rewards), f"{len(keys)} keys for {len(rewards)} rewards"
         for key, reward, valid in zip(keys, everyone.rewards.tolist(), everyone.valid.tolist(), strict=True):
             if valid:
                 self._history.setdefault(key, deque(maxlen=self._buffer_size)).append(reward)
-        fallback = _whiten(everyone)
+        fallback = _whiten(everyone, self._std_eps)
         advantages = torch.zeros_like(fallback)
         for row, key in enumerate(keys):
             if not bool(everyone.valid[row]):
@@ -190,7 +207,8 @@ class PromptStatistics:
             if len(past) < self._min_count:
                 advantages[row] = fallback[row]
             elif not _tied(past.max(), past.min()):
-                advantages[row] = (everyone.rewards[row] - past.mean()) / (past.std() + STD_EPS)
+                std = past.std(correction=0 if self._population_std else 1)
+                advantages[row] = (everyone.rewards[row] - past.mean()) / (std + self._std_eps)
         return _finish(advantages, clip, rewards)
 
     def state(self) -> dict[str, Any]:
@@ -221,11 +239,18 @@ def _finish(advantages: Tensor, clip: float | None, like: Tensor) -> Tensor:
     return (advantages if clip is None else advantages.clamp(-clip, clip)).to(like.dtype)
 
 
-def _whiten(everyone: "_GroupStatistics") -> Tensor:
+def _everyone(rewards: Tensor, population_std: bool) -> "_GroupStatistics":
+    """All samples as one group."""
+    return _GroupStatistics(
+        rewards, torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device), population_std
+    )
+
+
+def _whiten(everyone: "_GroupStatistics", std_eps: float) -> Tensor:
     """Rewards of one group that holds all samples, minus its mean, over its std; 0 if tied."""
     centred = everyone.rewards - everyone.mean[everyone.index]
     centred = centred.masked_fill(everyone.tied[everyone.index] | ~everyone.valid, 0.0)
-    return centred / (everyone.std[everyone.index] + STD_EPS)
+    return centred / (everyone.std[everyone.index] + std_eps)
 
 
 def _tied(high: Tensor, low: Tensor) -> Tensor:

@@ -31,7 +31,12 @@ class Memory:
                     objective.entropy_coef, objective.entropy_target, objective.entropy_step
                 )
             if objective.advantage == "prompt_std":
-                self._prompts[name] = PromptStatistics(objective.prompt_buffer, objective.prompt_min_count)
+                self._prompts[name] = PromptStatistics(
+                    objective.prompt_buffer,
+                    objective.prompt_min_count,
+                    std_eps=objective.std_eps,
+                    population_std=objective.population_std,
+                )
         self._blocks = list(recipe.objective)
         self._asked = [recipe.engine.micro_batch, recipe.engine.micro_batch_tokens]
         self.halvings = 0

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,30 +159,28 @@ def advantages_of(
         total: [N] the trained reward of this process's rows; NaN excludes.
     """
     rewards, group_ids = distributed.gather_rows(total), distributed.gather_rows(rollout.trajectory.group_ids)
-    kind, clip = objective.advantage, objective.advantage_clip
+    kind = objective.advantage
+    spread: Any = {
+        "clip": objective.advantage_clip,
+        "std_eps": objective.std_eps,
+        "population_std": objective.population_std,
+    }
     assert kind != "gae", "advantages of a critic are made of its values"
     if kind == "batch_whitened":
-        advantages = batch_advantages(rewards, clip=clip)
+        advantages = batch_advantages(rewards, **spread)
     elif kind == "prompt_std":
         keys = distributed.gather_objects([prompt_key(prompt) for prompt in rollout.prompts])
-        advantages = memory.prompts(name).advantages(rewards, keys, clip=clip)
+        advantages = memory.prompts(name).advantages(rewards, keys, clip=objective.advantage_clip)
     elif kind == "gdpo":
         breakdown = {name: distributed.gather_rows(values) for name, values in rollout.scores.shaped.items()}
         weights = {reward.name: reward.weight for reward in recipe.rewards}
-        advantages = gdpo_advantages(breakdown, weights, ~rewards.isnan(), group_ids, clip=clip)
+        advantages = gdpo_advantages(breakdown, weights, ~rewards.isnan(), group_ids, **spread)
     elif kind in SAMPLE_WEIGHTS:
         advantages = SAMPLE_WEIGHTS[kind](rewards, group_ids, objective.temperature)
     elif kind == "pass_k":
-        advantages = pass_k_advantages(rewards, group_ids, clip=clip)
+        advantages = pass_k_advantages(rewards, group_ids, **spread)
     else:
-        advantages = group_advantages(
-            rewards,
-            group_ids,
-            normalise=kind,  # type: ignore[arg-type]
-            clip=clip,
-            std_eps=objective.std_eps,
-            population_std=objective.population_std,
-        )
+        advantages = group_advantages(rewards, group_ids, normalise=kind, **spread)  # type: ignore[arg-type]
     start = distributed.rank() * len(total)
     return advantages[start : start + len(total)]
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -182,3 +182,22 @@ def test_prompt_statistics_go_on_from_their_state() -> None:
     for rewards in rollouts[2:]:
         assert torch.equal(second.advantages(rewards, keys), whole.advantages(rewards, keys))
     assert second.state() == whole.state()
+
+
+def test_every_std_is_the_one_that_is_asked_for() -> None:
+    """Of numpy's kind, with 0.5 beside it."""
+    asked: dict[str, Any] = {"std_eps": 0.5, "population_std": True}
+    rewards, groups = torch.tensor([1.0, 2.0, 6.0]), torch.zeros(3, dtype=torch.int64)
+    centred, std = rewards - 3.0, (14 / 3) ** 0.5
+    for normalise in ("group_std", "global_std", "group_whitened"):
+        got = group_advantages(rewards, groups, normalise=normalise, **asked)  # type: ignore[arg-type]
+        torch.testing.assert_close(got, centred / (std + 0.5))
+    torch.testing.assert_close(batch_advantages(rewards, **asked), centred / (std + 0.5))
+    got = PromptStatistics(9, 2, **asked).advantages(rewards, ["a"] * 3)
+    torch.testing.assert_close(got, centred / (std + 0.5))
+    got = pass_k_advantages(rewards, groups, **asked)
+    torch.testing.assert_close(got, torch.tensor([0.0, 0.0, 4.0 / (std + 0.5)]))
+    # GDPO: the group's normalisation first, whose std is std / (std + 0.5), and then all samples'.
+    scale = std / (std + 0.5)
+    got = gdpo_advantages({"a": rewards}, {"a": 1.0}, torch.ones(3, dtype=torch.bool), groups, **asked)
+    torch.testing.assert_close(got, centred / (std + 0.5) / (scale + 0.5))

@@ -189,6 +189,19 @@ def test_kl_in_the_reward_is_taken_off_before_advantages(tmp_path: Path):
     assert row["kl"] == pytest.approx(float(per_token[tokens].mean())) and penalty.abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    "advantage", ["group_std", "global_std", "group_whitened", "batch_whitened", "prompt_std", "gdpo", "pass_k"]
+)
+def test_the_recipe_s_std_reaches_every_advantage_that_divides(tmp_path: Path, advantage: str):
+    largest = []
+    for name, eps in (("a", 1e-4), ("b", 1e3)):
+        keys = {"advantage": advantage, "std_eps": eps, "prompt_min_count": 2}
+        parts = build_parts(tmp_path / name, Bandit([0.5, 0.0], num_steps=9), objective=keys)
+        _, (prepared,), _ = collect(parts, 0)
+        largest.append(float(prepared.advantages.abs().max()))
+    assert largest[0] > 0.1 and largest[1] < 1e-2
+
+
 def test_divergences_of_several_segments_are_averaged_over_all_their_steps(tmp_path: Path):
     class Twice(Bandit):
         """The same tokens as two segments, the second one measured from the reference as half as far away."""

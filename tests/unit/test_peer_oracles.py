@@ -1,14 +1,15 @@
 """The compatibility presets give the numbers of the projects that they are named after: advantages, losses, gradients,
 and generalised advantage estimation. Where the numbers are from: tests/oracles/peer_objectives.json."""
 
+import json
 from typing import Any
 
 import pytest
 import torch
-from oracle_files import load
+from oracle_files import FOLDER, load
 from torch import Tensor
 
-from unified_rl.advantages import group_advantages
+from unified_rl.advantages import PromptStatistics, group_advantages
 from unified_rl.objectives import aggregate
 from unified_rl.objectives.kl import estimate
 from unified_rl.objectives.policy_gradient import policy_loss
@@ -136,6 +137,16 @@ def test_loss_of_verl_with_its_dual_clip():
     check_loss("verl_loss", preset("verl_ppo"), "inputs_log_probs", *inputs)
     single = preset("verl_grpo").model_copy(update={"dual_clip": None})
     assert float(loss_of(single, INPUTS["log_probs"], *inputs)) != pytest.approx(BY_NAME["verl_loss"]["loss"], rel=1e-3)
+
+
+def test_prompt_statistics_of_ddpo():
+    """Four rollouts: prompts with too short a past, and pasts that are longer than the buffer."""
+    objective = preset("ddpo")
+    oracle = json.loads((FOLDER / "ddpo_prompt_statistics.json").read_text())
+    tracker = PromptStatistics(7, 4, std_eps=objective.std_eps, population_std=objective.population_std)
+    for rollout in oracle["rollouts"]:
+        got = tracker.advantages(torch.tensor(rollout["rewards"], dtype=torch.float64), rollout["prompts"])
+        torch.testing.assert_close(got, torch.tensor(rollout["advantages"], dtype=torch.float64), **EXACT)
 
 
 def test_advantages_and_loss_of_flow_grpo():

@@ -58,9 +58,9 @@ class Objective(MethodBlock):
     group's best; best_worst: 1 and -1 (DPO)."""
     advantage_clip: float | None = Field(default=None, gt=0)
     std_eps: float = Field(default=1e-4, gt=0)
-    """group_std, global_std, group_whitened: added to the std that divides, in units of the reward."""
+    """Of advantages that divide by a std of rewards: added to it, in units of the reward."""
     population_std: bool = False
-    """group_std, global_std, group_whitened: divide squares by their number (numpy), not by one less (torch)."""
+    """Of the same: divide squares by their number (numpy), not by one less (torch)."""
     prompt_buffer: int = Field(default=32, ge=2)
     """prompt_std: how many rewards of a prompt are remembered."""
     prompt_min_count: int = Field(default=16, ge=2)

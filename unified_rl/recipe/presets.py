@@ -99,6 +99,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "advantage": "prompt_std",
             "prompt_buffer": 32,
             "prompt_min_count": 16,
+            "std_eps": 1e-6,
+            "population_std": True,
             "advantage_clip": 5.0,
             "clip_low": 1e-4,
             "clip_high": 1e-4,
