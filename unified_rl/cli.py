@@ -1,7 +1,8 @@
 """The command line: `unified-rl train | validate | evaluate | score | train-reward | serve | export | report | list`.
 
 Exit codes: 0 done, 1 failed, 2 the user's recipe or arguments are wrong (one line on standard error), 143 stopped by
-SIGTERM after saving. Nothing heavy is imported before a command is known, so that `--help` answers at once.
+SIGTERM (after saving, if there was anything to save). Nothing heavy is imported before a command is known, so that
+`--help` answers at once.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from unified_rl.recipe.schema import Recipe
+    from unified_rl.stopping import StopSignal
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -224,6 +226,18 @@ def _checked_recipe(name: str, overrides: list[str], *, tiny: bool) -> "tuple[Re
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from unified_rl.stopping import Stopped, StopSignal
+
+    stop = StopSignal()
+    try:
+        with stop.listening():
+            return _train_until(arguments, stop)
+    except Stopped:
+        sys.stderr.write("stopped while starting: there was nothing to save\n")
+        return stop.exit_code
+
+
+def _train_until(arguments: argparse.Namespace, stop: "StopSignal") -> int:
     recipe, warnings = _checked_recipe(arguments.recipe, arguments.overrides, tiny=arguments.tiny)
     from unified_rl.run_folder.tracking import check_writable
 
@@ -242,7 +256,7 @@ def _train(arguments: argparse.Namespace) -> int:
         _write_warnings(warnings)
     from unified_rl.train import train
 
-    return train(recipe, output, resume=arguments.resume, allow=arguments.allow_change)
+    return train(recipe, output, resume=arguments.resume, allow=arguments.allow_change, stop=stop)
 
 
 def _launched() -> bool:

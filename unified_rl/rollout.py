@@ -66,7 +66,8 @@ def roll_out(
 ) -> Rollout:
     """Sample all prompts and have them judged; rewards work on one batch while the next is sampled.
 
-    `before_each` is called before every batch, and once more when all is judged; it may raise.
+    `before_each` is called before every batch, while rewards are waited for, and once more when all is judged; it may
+    raise.
     """
     started = time.perf_counter()
     scoring = Scoring(rewards, prompts, evaluation=evaluation)
@@ -81,7 +82,7 @@ def roll_out(
     )
     sampled = time.perf_counter()
     enter("rewards")
-    scores = scoring.finish()
+    scores = scoring.finish(meanwhile=before_each)
     before_each()
     seconds = (sampled - started, time.perf_counter() - sampled)
     return Rollout(prompts=prompts, trajectory=trajectory, scores=scores, seconds=seconds)

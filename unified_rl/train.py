@@ -35,6 +35,7 @@ from unified_rl.recall import recall
 from unified_rl.recipe.schema import Recipe
 from unified_rl.replay import ReplayCheck
 from unified_rl.resample import replace_tied
+from unified_rl.rewards.scoring import close_rewards
 from unified_rl.rollout import Rollout, roll_out, shown
 from unified_rl.run_folder.random_state import seed_all
 from unified_rl.run_folder.resume import Position, resume
@@ -251,21 +252,25 @@ def examine(parts: Parts, step: int) -> tuple[float, str]:
     return held_out, distributed.gather_objects([reason])[0]
 
 
-def train(recipe: Recipe, output: Path, *, resume: str, allow: Sequence[str] = ()) -> int:
+def train(
+    recipe: Recipe, output: Path, *, resume: str, allow: Sequence[str] = (), stop: StopSignal | None = None
+) -> int:
     """Run a recipe in the folder `output`; returns the exit code (0 done, 143 stopped by SIGTERM after saving, 130 by
     Ctrl-C).
 
     Args:
         resume: "auto", "never", or the folder of a checkpoint.
         allow: keys of the recipe that may have changed since the checkpoint.
+        stop: where signals were heard so far, by a caller that listens already.
 
     Raises:
         RecipeError: for what is wrong with the recipe, its data, rewards or model.
+        Stopped: if a signal came while the run started.
     """
+    stop = StopSignal() if stop is None else stop
     distributed.initialise(recipe.engine.timeout)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
-    stop = StopSignal()
     with distributed.agreed("opening the run's folder"):
         run = open_run(output, distributed.rank())
     watch = distributed.watch()
@@ -275,7 +280,12 @@ def train(recipe: Recipe, output: Path, *, resume: str, allow: Sequence[str] = (
         with stop.listening():
             parts = assemble(recipe, run)
             seed_all(recipe.seed, distributed.rank())
-            return run_loop(parts, start(parts, resume, allow), stop)
+            try:
+                at = start(parts, resume, allow)
+                stop.save_first()
+                return run_loop(parts, at, stop)
+            finally:
+                close_rewards(parts.rewards)
     except Exception as error:
         lost = distributed.lost(error)
         run.log_event("error", f"{lost}\n{traceback.format_exc()}".lstrip())

@@ -38,6 +38,7 @@ def moody(completions, do, **columns):
             subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(60)  # {os.getpid()}"])
             time.sleep(60)
         if what == "exit":
+            subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(60)  # {os.getpid()}"])
             os._exit(3)
         if what == "sys.exit":
             sys.exit("enough")
@@ -119,13 +120,16 @@ def test_a_failure_excludes_is_counted_and_the_next_call_works(
         score([strict], prompts("fine", what), said(2))
 
 
-def test_what_a_killed_reward_started_is_gone_too(rewards_file: Path, started: list[LoadedReward]) -> None:
+@pytest.mark.parametrize("what", ["hang", "exit"])
+def test_what_a_killed_or_ended_reward_started_is_gone_too(
+    what: str, rewards_file: Path, started: list[LoadedReward]
+) -> None:
     reward = load(rewards_file, "moody", started, max_failures=1.0, timeout=1.0)
     pid = score([load(rewards_file, "who", started)], prompts("x"), said(1)).breakdown["who"]
     assert int(pid[0]) != os.getpid()
     process = reward.runner.reward._process  # type: ignore[union-attr]
     assert process is not None
-    score([reward], prompts("hang"), said(1))
+    score([reward], prompts(what), said(1))
     assert process.poll() is not None
     time.sleep(0.2)
     commands = [_command(folder) for folder in Path("/proc").iterdir() if folder.name.isdecimal()]
@@ -137,6 +141,18 @@ def _command(folder: Path) -> str:
         return (folder / "cmdline").read_text()
     except OSError:  # it ended
         return ""
+
+
+def test_a_reward_that_is_closed_in_a_call_stays_closed(rewards_file: Path, started: list[LoadedReward]) -> None:
+    """The thread that judges sees its process die, and must not start another one that nobody would end."""
+    reward = load(rewards_file, "moody", started, retries=5)
+    handle: Any = reward.runner.reward
+    batch_of_one = RewardBatch(prompts=["p"], texts=["four"], pictures=[[]], columns={"do": ["hang"]}, group_ids=[0])
+    answer = reward.runner.submit(batch_of_one)
+    time.sleep(0.5)
+    reward.runner.close()
+    assert "was closed" in answer.result(timeout=60).reason
+    assert handle._process is None
 
 
 def test_tensors_reach_a_rewards_process_and_what_it_cannot_read_is_refused(

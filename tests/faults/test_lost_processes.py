@@ -1,7 +1,6 @@
 """A process that is gone, stuck or has failed ends the run: soon, with its name, and without orphans."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -93,21 +92,3 @@ def running(mark: str) -> list[str]:
         except OSError:
             continue  # ended meanwhile, or another user's
     return found
-
-
-def test_a_second_signal_ends_the_run_at_once(tmp_path: Path):
-    """The first one waits for the phase, which here would take minutes."""
-    (tmp_path / "slow.py").write_text("import time\ndef reward(prompts, completions):\n    time.sleep(300)\n")
-    work = ["group_size=2", "prompts_per_step=1", "data.evaluation=null", "engine.threads=1"]
-    words = [*work, f"rewards=[{{name: {tmp_path / 'slow.py'}:reward, isolation: thread}}]", "--output", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, "-m", "unified_rl.cli", "train", "quickstart_vlm", *words])
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (tmp_path / "recipe.yaml").exists():
-        time.sleep(0.1)
-    time.sleep(2.0)  # the model is sampled
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1.0)
-    assert process.poll() is None, "the reward is waited for"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == -signal.SIGTERM

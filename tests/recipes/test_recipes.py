@@ -5,12 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.children import Child
 from unified_rl.cli import main
 from unified_rl.recipe.checks import check_recipe
 from unified_rl.recipe.file import RECIPES, load_recipe
@@ -117,16 +117,12 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(name: str, tmp_path: Path
 
 
 def test_sigterm_saves_and_exits_143(tmp_path: Path):
-    process = subprocess.Popen(
-        command("quickstart_vlm", tmp_path, "num_steps=2000", "checkpoint.every=1000"), stdout=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 143
-    (saved,) = (tmp_path / "checkpoints").glob("step_*/manifest.json")
-    last = rows(tmp_path, "metrics.jsonl")[-1]["step"]
+    words = command("quickstart_vlm", tmp_path / "run", "num_steps=2000", "checkpoint.every=1000")[3:]
+    child = Child(words, tmp_path / "log")
+    child.wait_until((tmp_path / "run/metrics.jsonl").exists)
+    assert child.end(signal.SIGTERM) == 143, child.output()
+    (saved,) = (tmp_path / "run/checkpoints").glob("step_*/manifest.json")
+    last = rows(tmp_path / "run", "metrics.jsonl")[-1]["step"]
     assert json.loads(saved.read_text())["step"] == last
 
 

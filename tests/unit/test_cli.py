@@ -133,7 +133,7 @@ def record(kind):
         return 143
     return call
 train = types.ModuleType('unified_rl.train')
-train.train = lambda recipe, output, *, resume, allow: record('train')(recipe.optimizer.lr, output, resume)
+train.train = lambda recipe, output, *, resume, allow, stop: record('train')(recipe.optimizer.lr, output, resume)
 sys.modules['unified_rl.train'] = train
 distributed = types.ModuleType('unified_rl.engine.distributed')
 distributed.spawn = record('spawn')

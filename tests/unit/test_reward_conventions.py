@@ -1,5 +1,6 @@
 """The same scores under each project's own calling convention, with functions written as that project's users do."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,18 @@ def test_verl_one_call_a_completion() -> None:
     judged = ask(compute_score, texts("7", "boom", "18", **columns), "verl")
     assert judged.values[::2] == [1.0, 0.0] and judged.values[1] != judged.values[1], "the one that raises is excluded"
     assert judged.failures == {1: "ValueError: no"} and judged.metrics == {"long": 1.5}
+
+
+def test_coroutines_share_one_event_loop_from_call_to_call() -> None:
+    """As in TRL: a client with open connections, made once, belongs to the loop it was made in."""
+    loops = []
+
+    async def judged(completions: list, **columns: Any) -> list[float]:
+        loops.append(asyncio.get_running_loop())
+        return [float(not loops[0].is_closed() and loops[0] is loops[-1])] * len(completions)
+
+    reward = uniform(judged)
+    assert [reward.judge(texts("a")).values for _ in range(2)] == [[1.0], [1.0]]
 
 
 def test_verl_async_plain_number_and_arguments() -> None:

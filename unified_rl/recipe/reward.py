@@ -44,7 +44,7 @@ class RewardBlock(Block):
     batch_size: int | None = Field(default=None, ge=1)
     """Most completions of one call; None: what was sampled at once."""
     timeout: float = Field(default=300.0, gt=0)
-    """Seconds after which a call has failed; its process is killed."""
+    """Seconds after which a call has failed; its process is killed. A thread cannot be killed, so the run ends."""
     memory_mib: int | None = Field(default=None, ge=1)
     """Resident memory above which the reward's process is killed (Linux)."""
     retries: int = Field(default=1, ge=0)

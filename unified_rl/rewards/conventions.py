@@ -17,8 +17,8 @@ pictures as a float tensor [B, 3, H, W] in [0, 1] in place of PIL.
 import asyncio
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,8 +175,17 @@ def _wait(answer: Any) -> Any:
     async def result() -> Any:
         return await answer
 
-    with ThreadPoolExecutor(max_workers=1) as pool:  # a notebook's own event loop may be running in this thread
-        return pool.submit(asyncio.run, result()).result()
+    return _loops.runner.run(result())
+
+
+class _Loops(threading.local):
+    """One event loop a thread for all calls, as in TRL: clients that a reward keeps from call to call belong to it."""
+
+    def __init__(self) -> None:
+        self.runner = asyncio.Runner()
+
+
+_loops = _Loops()
 
 
 # --- the project's own conventions ---

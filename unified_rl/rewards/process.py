@@ -6,12 +6,14 @@ not).
 
 import atexit
 import contextlib
+import math
 import os
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Mapping
@@ -27,6 +29,7 @@ from unified_rl.rewards.worker import answer, put, take
 START_SECONDS = 600.0
 """For importing a reward and loading its model."""
 POLL_SECONDS = 0.1
+REAP_SECONDS = 5.0
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -37,9 +40,11 @@ class CallFailedError(Exception):
 class ThreadedReward:
     """A reward inside this process."""
 
-    def __init__(self, reward: UniformReward) -> None:
+    def __init__(self, reward: UniformReward, *, timeout: float = math.inf) -> None:
+        """`timeout`: seconds of one call, after which the run is given up: nothing can end the call."""
         self.reward = reward
         self.groupwise = reward.groupwise
+        self.timeout = timeout
 
     def judge(self, batch: RewardBatch) -> Judged:
         return _result(*answer(self.reward, batch))
@@ -63,11 +68,16 @@ class ProcessReward:
         memory_mib: int | None,
     ) -> None:
         self._load = (reference, dict(arguments), shown, where, device)
-        self._where, self._timeout, self._memory_mib = where, timeout, memory_mib
+        self._where, self._seconds, self._memory_mib = where, timeout, memory_mib
+        self.timeout = math.inf
+        """Calls end by themselves."""
         self.groupwise = False
         """Known after `start`."""
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
+        # Whoever ends the run closes this object while the thread that judges may be starting a process.
+        self._lock, self._closed = threading.Lock(), False
+        _alive.add(self)
         self._spawn()
 
     def start(self) -> None:
@@ -81,8 +91,7 @@ class ProcessReward:
         except CallFailedError as error:
             raise RecipeError(f"{self._where}.name: loading {self._load[2]} {error}") from error
         if kind == "refused":
-            self.close()
-            raise RecipeError(content)
+            raise RecipeError(self._end(content))
         self.groupwise = content["groupwise"]
 
     def judge(self, batch: RewardBatch) -> Judged:
@@ -99,20 +108,28 @@ class ProcessReward:
             raise CallFailedError(self._end("did not take the batch")) from error
         except Exception as error:  # whatever pickle says about the user's columns
             raise RewardError(f"got data that cannot be sent to its process ({error}); isolation: thread") from error
-        return _result(*self._receive(self._timeout))
+        return _result(*self._receive(self._seconds))
 
     def close(self) -> None:
-        """End the process, and all that it started."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if self._process is not None:
-            _kill(self._process)
-            self._process = None
+        """End the process, all that it started, and a call that is under way; from any thread. No other call works.
+
+        The connection is left to the thread that may be reading it: the number of a descriptor that is closed under
+        its hands could mean another file by then.
+        """
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                _kill(self._process)
 
     def _spawn(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise CallFailedError("was closed")
+            self._connect()
+
+    def _connect(self) -> None:
         ours, theirs = socket.socketpair()
-        seconds = struct.pack("ll", int(self._timeout) + 1, 0)
+        seconds = struct.pack("ll", int(self._seconds) + 1, 0)
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # a half-sent message must not hold us either
             ours.setsockopt(socket.SOL_SOCKET, option, seconds)
         with theirs:
@@ -122,9 +139,9 @@ class ProcessReward:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # so that what it starts can be killed with it
             )
-        _alive.add(self._process)
         self._connection = Connection(ours.detach())
-        put(self._connection, self._load)
+        with contextlib.suppress(OSError):  # it has ended already, which the wait for its answer tells
+            put(self._connection, self._load)
 
     def _receive(self, timeout: float) -> tuple[str, Any]:
         """The next message.
@@ -148,13 +165,13 @@ class ProcessReward:
     def _end(self, reason: str) -> str:
         """Kill the process; returns the reason, or how it ended by itself."""
         assert self._process is not None
-        if not reason:
-            try:
-                code = self._process.wait(timeout=1.0)
-                reason = f"ended its process ({_exit(code)})"
-            except subprocess.TimeoutExpired:
-                reason = "cut its connection"
-        self.close()
+        reason = reason or _how_it_ended(self._process)
+        with self._lock:
+            _kill(self._process)
+            self._process = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
         return reason
 
 
@@ -164,8 +181,17 @@ def _result(kind: str, content: Any) -> Judged:
     raise RewardError(content) if kind == "unusable" else CallFailedError(content)
 
 
-def _exit(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+def _how_it_ended(process: subprocess.Popen) -> str:
+    """Of one whose connection was cut; it is not reaped, so that nobody else can get its number."""
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if end is not None:
+            by_itself = end.si_code == os.CLD_EXITED
+            how = f"exit code {end.si_status}" if by_itself else f"signal {signal.Signals(end.si_status).name}"
+            return f"ended its process ({how})"
+        time.sleep(0.01)
+    return "cut its connection"
 
 
 def _resident_mib(pid: int) -> int:
@@ -176,17 +202,20 @@ def _resident_mib(pid: int) -> int:
     return int(pages) * PAGE_BYTES // 2**20
 
 
-_alive: weakref.WeakSet[subprocess.Popen] = weakref.WeakSet()
+_alive: weakref.WeakSet[ProcessReward] = weakref.WeakSet()
 
 
 def _kill(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):  # it ended in this moment
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """Kill a process that was not reaped yet, and what it has started, also if it has ended by itself."""
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in a driver; whoever waits for it hangs too
+        process.wait(timeout=REAP_SECONDS)
 
 
 @atexit.register
-def _kill_all() -> None:
-    for process in list(_alive):
-        _kill(process)
+def _close_all() -> None:
+    for reward in list(_alive):
+        reward.close()

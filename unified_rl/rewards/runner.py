@@ -61,6 +61,7 @@ class RewardRunner:
         self.reward = reward
         self._batch_size, self._retries, self._first_pause = batch_size, retries, first_pause
         self._cache: OrderedDict[str, float] | None = OrderedDict() if cache else None
+        self._began = math.inf
         self._tasks: queue.SimpleQueue[tuple[Future[Outcome], RewardBatch] | None] = queue.SimpleQueue()
         # A daemon: a reward that hangs must not hold up the end of the run.
         threading.Thread(target=self._work, name="reward", daemon=True).start()
@@ -75,6 +76,11 @@ class RewardRunner:
         future: Future[Outcome] = Future()
         self._tasks.put((future, batch))
         return future
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it is in a call that takes longer than its timeout, and that nothing can end."""
+        return time.monotonic() - self._began > self.reward.timeout
 
     def close(self) -> None:
         """End the queue and the reward's process."""
@@ -127,12 +133,15 @@ class RewardRunner:
             if attempt:
                 pause = min(LONGEST_PAUSE, self._first_pause * 2 ** (attempt - 1))
                 time.sleep(pause * _jitter.uniform(0.5, 1.5))
+            self._began = time.monotonic()
             try:
                 judged = self.reward.judge(batch)
             except CallFailedError as error:
                 last = error
                 self._count_failure()
                 continue
+            finally:
+                self._began = math.inf
             self._failures, self._break = 0, FIRST_BREAK
             return judged
         raise last

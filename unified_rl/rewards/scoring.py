@@ -5,6 +5,7 @@ Finding and checking must not import torch, because `validate` and `list` answer
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.metadata
 import sys
 from collections import Counter
@@ -25,6 +26,7 @@ from unified_rl.rewards.types import RewardBatch, RewardError, RewardFailedError
 if TYPE_CHECKING:
     from unified_rl.types import Completion, Prompt, Scores
 
+POLL_SECONDS = 0.2
 ENTRY_POINTS = "unified_rl.rewards"
 """The entry point group in which packages list their rewards."""
 REMOTE = "unified_rl.rewards.remote:RemoteReward"
@@ -114,7 +116,7 @@ def load_rewards(blocks: Sequence[RewardBlock], *, device: str = "cpu") -> list[
         for reward in started:
             if isinstance(reward, ProcessReward):
                 reward.start()
-    except RecipeError:
+    except BaseException:  # also an interruption: what was started holds memory
         for reward in started:
             reward.close()
         raise
@@ -131,6 +133,12 @@ def load_rewards(blocks: Sequence[RewardBlock], *, device: str = "cpu") -> list[
         )
         for block, reward in zip(blocks, started, strict=True)
     ]
+
+
+def close_rewards(rewards: Sequence[LoadedReward]) -> None:
+    """End their processes; a call that is under way is given up."""
+    for reward in rewards:
+        reward.runner.close()
 
 
 def reward_of(function: Callable, *, name: str, weight: float = 1.0, **arguments: Any) -> LoadedReward:
@@ -185,19 +193,31 @@ class Scoring:
             if chosen:
                 self._submitted[reward.name].append((chosen, reward.runner.submit(self._batch(chosen))))
 
-    def finish(self) -> Scores:
+    def finish(self, meanwhile: Callable[[], None] = lambda: None) -> Scores:
         """Wait for the answers; called by all processes.
+
+        Args:
+            meanwhile: called several times a second, by all processes alike, as long as any of them waits; it may
+                raise, and the answers are given up.
 
         Returns:
             float32 tensors on the CPU: see `Scores`.
 
         Raises:
             RewardError: on all processes alike, if a reward cannot judge these data.
-            RewardFailedError: likewise, if one failed for more than its `max_failures`.
+            RewardFailedError: likewise, if one failed for more than its `max_failures`, or hangs in a thread.
         """
-        from unified_rl.rewards.composition import compose, shares_of  # torch, see the module's docstring
+        from unified_rl.engine import distributed  # torch, see the module's docstring
+        from unified_rl.rewards.composition import compose, shares_of
 
         assert len(self._completions) == len(self._prompts), "every prompt has its completion"
+        waits = True
+        while waits:
+            with distributed.agreed("waiting for rewards"):
+                waits = not self._wait(POLL_SECONDS)
+            waits = distributed.broadcast_flag(waits)
+            if waits:
+                meanwhile()
         values, outcomes = {}, {}
         for reward in self._rewards:
             parts = [(rows, future.result()) for rows, future in self._submitted[reward.name]]
@@ -208,6 +228,23 @@ class Scoring:
                     values[reward.name][row] = value
         report = shares_of(self._rewards, outcomes)
         return compose(self._rewards, values, report)
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait for the answers, not longer than told; whether all are there.
+
+        Raises:
+            RewardFailedError: for a reward that hangs and cannot be killed.
+        """
+        futures = [future for submitted in self._submitted.values() for _, future in submitted]
+        missing = concurrent.futures.wait(futures, timeout=seconds).not_done
+        for reward in self._rewards:
+            if reward.runner.overdue:
+                limit = reward.runner.reward.timeout
+                raise RewardFailedError(
+                    f"reward {reward.name!r} gave no answer within {limit:g} s, and in a thread it cannot be killed; "
+                    "isolation: process"
+                )
+        return not missing
 
     def _batch(self, rows: Sequence[int]) -> RewardBatch:
         """What rewards may see of some rows."""
@@ -268,7 +305,8 @@ def _start(block: RewardBlock, index: int, device: str) -> ProcessReward | Threa
             memory_mib=block.memory_mib,
         )
     target = load_import(reference, f"{where}.name")
-    return ThreadedReward(make_reward(target, arguments, shown=block.name, where=where, device=block.device or device))
+    reward = make_reward(target, arguments, shown=block.name, where=where, device=block.device or device)
+    return ThreadedReward(reward, timeout=block.timeout)
 
 
 __all__ = [
@@ -278,6 +316,7 @@ __all__ = [
     "Scoring",
     "check_reward",
     "check_rewards",
+    "close_rewards",
     "list_rewards",
     "load_rewards",
     "reward_of",
