@@ -262,7 +262,7 @@ def test_explain_spells_out_the_run(raw, tmp_path):
     told = explain(parse_recipe(raw, tmp_path))
     for part in (
         "flow_grpo: Liu et al. 2025, Flow-GRPO, arXiv 2505.05470",
-        "clip is inactive",
+        "no clip acts",
         "gaussian from base, in the loss, coef 0.004",
         "reference copy",
         "activations are not counted",

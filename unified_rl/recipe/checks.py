@@ -9,6 +9,7 @@ from unified_rl.data.sources import check_source
 from unified_rl.engine.deepspeed_config import raw_config
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.imports import check_import
+from unified_rl.recipe.advice import advice
 from unified_rl.recipe.policy import PIPELINES, DiffusionSampling, ImageTokenSampling, PolicyBlock
 from unified_rl.recipe.schema import Recipe
 from unified_rl.recipe.tracker import check_trackers
@@ -28,7 +29,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     _check_engine(recipe)
     check_rewards(recipe.rewards)
     check_trackers(recipe.trackers)
-    return warnings + _check_data(recipe) + _check_counts(recipe)
+    return warnings + _check_data(recipe) + _check_counts(recipe) + advice(recipe)
 
 
 def _check_model(policy: PolicyBlock, key: str = "policy.model") -> list[str]:

@@ -328,11 +328,12 @@ def _objective_lines(objective: Objective, counts: Plan) -> list[tuple[str, str]
         ("old log-probs", "evaluated anew before the first update" if objective.needs_anchor else "the rollout's"),
     ]
     if counts.updates_per_rollout == 1:
-        policy = "every update is on-policy (one a rollout): ratios are 1 and the clip is inactive"
+        policy = "every update is on-policy (one a rollout): ratios are 1 and no clip acts"
     else:
-        policy = (
-            f"the first of {counts.updates_per_rollout} updates is on-policy; ratios and the clip act from the second"
+        later = (
+            "nothing corrects the others (no ratio)" if objective.loss == "reinforce" else "ratios act from the second"
         )
+        policy = f"the first of {counts.updates_per_rollout} updates is on-policy; {later}"
     if objective.stop_kl is not None:
         policy += f"; the rest is skipped beyond update_kl {objective.stop_kl:g}"
     return [*lines, ("on-policy", policy)]
