@@ -54,6 +54,12 @@ def test_entropy_threshold_by_hand():
     assert entropy_threshold(torch.tensor([math.nan]), 0.2) == -math.inf
 
 
+def test_an_update_may_have_more_tokens_than_torch_s_quantile_takes():
+    entropy = torch.zeros(2**24 + 2)
+    entropy[: 2**23] = 1.0
+    assert entropy_threshold(entropy, 0.4) == 1.0 and entropy_threshold(entropy, 0.6) == 0.0
+
+
 def test_kl_controller_by_hand():
     controller = KLController(0.1, 0.02, gain_p=0.2, gain_i=0.1)
     controller.observe(0.03)  # error 0.5: integral 0.05, proportional 0.1

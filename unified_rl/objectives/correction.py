@@ -6,6 +6,7 @@ old log-probs recomputed by the trainer, w = old policy / rollout policy says by
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,5 +94,6 @@ def entropy_threshold(entropy: Tensor, share: float) -> float:
     Returns:
         The (1 - share) quantile, linearly interpolated; -inf without any step.
     """
-    present = entropy[~entropy.isnan()].double()
-    return float(present.quantile(1.0 - share)) if len(present) else float("-inf")
+    # numpy's, because torch.quantile refuses more than 16 million values, which long texts have.
+    present = entropy[~entropy.isnan()].double().cpu().numpy()
+    return float(np.quantile(present, 1.0 - share)) if len(present) else float("-inf")
