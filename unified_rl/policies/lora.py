@@ -68,6 +68,9 @@ def reference_of(model: Any, copy_of_it: nn.Module | None, adapter: Adapter) -> 
 def target_names(module: nn.Module, adapter: Adapter, exclude: re.Pattern[str] | None = None) -> list[str]:
     """Full names of the linear layers of `module` that get adapters; names that `exclude` finds never do.
 
+    Of hybrid models (Falcon-H1, Nemotron-H), auto leaves out the recurrent layers, some of which peft refuses because
+    their kernels read the weights past the adapter.
+
     Raises:
         RecipeError: if nothing matches.
     """
@@ -75,7 +78,9 @@ def target_names(module: nn.Module, adapter: Adapter, exclude: re.Pattern[str] |
     if exclude is not None:
         linears = [name for name in linears if not exclude.search(name)]
     if adapter.targets == "auto":
-        found = [name for name in linears if _ATTENTION.search(name)]
+        recurrent = {name for name, part in module.named_modules() if "conv1d" in dict(part.named_children())}
+        attention = [name for name in linears if name.rpartition(".")[0] not in recurrent]
+        found = [name for name in attention if _ATTENTION.search(name)]
     else:
         found = [name for name in linears if any(name == want or name.endswith(f".{want}") for want in adapter.targets)]
     if not found:

@@ -17,11 +17,16 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 from unified_rl.policies.categorical_head import draw
 from unified_rl.policies.sharded import goes_on_anywhere, is_sharded
 
+STATE_ON_MODULES = ("recurrent_gemma",)
+"""`model_type` of models that take a cache, and keep a part of their past elsewhere all the same."""
+
 
 def can_share_prefill(model: Any) -> bool:
-    """Whether one prefill can serve a group: the model keeps its whole past in a cache whose rows can be selected."""
+    """Whether one prefill can serve a group: the model keeps its whole past, recurrent states too, in a cache of the
+    library's, whose rows can be selected. Not so, for instance, Mamba, RWKV and MiniMax-01."""
     accepted = inspect.signature(model.forward).parameters
-    return "past_key_values" in accepted and not model._is_stateful and model._supports_default_dynamic_cache()
+    in_cache = "past_key_values" in accepted and model.config.model_type not in STATE_ON_MODULES
+    return in_cache and model._supports_default_dynamic_cache()
 
 
 class SharedPrefill:

@@ -40,9 +40,8 @@ def plain_logits(model: Any, batch: Inputs, rows: Sequence[Inputs], tokens: Tens
         is_first_iteration=True,
         use_cache=False,
         **arguments,
-        **_keep(model, num_steps + 1),
     )
-    logits = model(**prepared, return_dict=True).logits
+    logits = model(**{**prepared, **_keep(model, num_steps + 1)}, return_dict=True).logits
     return logits[:, -(num_steps + 1) : -1]
 
 
@@ -63,9 +62,8 @@ def shared_logits(model: Any, batch: Inputs, rows: Sequence[Inputs], owner: Sequ
         is_first_iteration=True,
         past_key_values=cache,
         **_prompt_arguments(model, batch),
-        **_keep(model, 1),
     )
-    outputs = model(**prepared, return_dict=True)
+    outputs = model(**{**prepared, **_keep(model, 1)}, return_dict=True)
     index = torch.tensor(owner, device=prompt_ids.device)
     first = outputs.logits[:, -1:][index]
     if num_steps == 1:
@@ -79,12 +77,17 @@ def shared_logits(model: Any, batch: Inputs, rows: Sequence[Inputs], owner: Sequ
         next_sequence_length=num_steps - 1,
         **take(arguments, index, len(prompt_ids)),
     )
-    return torch.cat([first, model(**prepared, return_dict=True).logits[:, -(num_steps - 1) :]], dim=1)
+    outputs = model(**{**prepared, **_keep(model, num_steps - 1)}, return_dict=True)
+    return torch.cat([first, outputs.logits[:, -(num_steps - 1) :]], dim=1)
 
 
 def can_share(model: Any) -> bool:
-    """Whether scoring may continue from a cache now: activation checkpointing switches a model's cache off."""
-    return not (model.is_activation_checkpointing and model.training)
+    """Whether scoring may continue from a cache now.
+
+    Activation checkpointing switches a model's cache off. Layers with a state in place of keys and values (Qwen3.5,
+    Jamba) update it in place, a token at a time: gradients do not flow through it, nor do several tokens at once.
+    """
+    return not model._is_stateful and not (model.is_activation_checkpointing and model.training)
 
 
 def _prompt_arguments(model: Any, batch: Inputs) -> dict[str, Any]:
@@ -96,7 +99,8 @@ def _prompt_arguments(model: Any, batch: Inputs) -> dict[str, Any]:
 
 
 def _keep(model: Any, num_logits: int) -> dict[str, int]:
-    """Ask for the last logits only, where the model can."""
+    """Ask for the last logits only, where the model can. Given to the model itself: some models' own preparation of
+    inputs (Bamba's, Nemotron-H's) puts another number in its place."""
     return {"logits_to_keep": num_logits} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 

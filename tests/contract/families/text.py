@@ -11,6 +11,12 @@ WIDTH: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden
 GROUPED = {**WIDTH, "num_key_value_heads": 2}
 SLIDING = {"sliding_window": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2, "mamba_chunk_size": 8}
+DELTA = {
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    **{"layer_types": ["linear_attention", "full_attention"], "head_dim": 8},
+}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
@@ -38,6 +44,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mixtral": {**GROUPED, "num_local_experts": 4},
     "qwen3_moe": {**GROUPED, **EXPERTS, "head_dim": 8},
     "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"]},
+    "gpt_oss": {**GROUPED, **SLIDING, "num_local_experts": 4, "head_dim": 8},
+    "gemma4_text": {
+        **{**GROUPED, **SLIDING, "head_dim": 8, "global_head_dim": 8, "num_kv_shared_layers": 0},
+        **{"layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 8},
+        "vocab_size_per_layer_input": 41,
+    },
+    "deepseek_v3": {
+        **{**WIDTH, **LATENT, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        **{"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    },
+    "qwen3_next": {**GROUPED, **EXPERTS, **DELTA, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": {**GROUPED, **DELTA},
+    "bamba": {**GROUPED, **STATES, "attn_layer_indices": [1]},
+    "falcon_h1": {**GROUPED, **STATES, "mamba_d_ssm": 64},
+    "jamba": {
+        **{**GROUPED, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+        **{"mamba_d_state": 8, "mamba_dt_rank": 4},
+    },
+    "recurrent_gemma": {
+        **{**GROUPED, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 8},
+        "block_types": ["recurrent", "attention"],
+    },
     "mamba": {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2},
 }
 
@@ -50,5 +78,6 @@ def build(name: str) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_config(config), words
 
 
-RECURRENT = {"mamba"}
+RECURRENT = {"mamba", "recurrent_gemma"}
+"""Their past is not in a cache whose rows can be repeated."""
 FAMILIES = {name: Family(build=partial(build, name), shares_prefill=name not in RECURRENT) for name in SETTINGS}
