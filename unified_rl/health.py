@@ -17,8 +17,11 @@ MIN_WITH_GRADIENT = 0.1
 """Share of the samples with an advantage below which a rollout is mostly wasted."""
 USELESS_CRITIC = 0.0
 """Explained variance below which a critic is worse than a constant."""
-MAX_KL = 1.0
+MAX_KL = {"kl": 1.0, "update_kl": 1.0}
 """Nats a step from the reference, or from the start of the update, that no healthy run has."""
+MAX_MEAN_KL = {"kl": 0.1, "update_kl": 0.01}
+"""The same of denoising steps, whose log-probs are means over the latent dims: every dim half a step's std away from
+the reference; a log-ratio of 0.14 a dim, where clip ranges are 1e-4."""
 
 
 class Health:
@@ -33,6 +36,11 @@ class Health:
         self._clip = min((min(each.clip_low, each.clip_high) for each in clipped), default=math.inf)
         # With one update a rollout every ratio is 1, and no clip acts.
         self._clips = recipe.updates_per_rollout > 1
+        families = {recipe.policy.family_of(name) for name in recipe.objective}
+        # A distance of predictions is in no nats; one that large is no better.
+        distance = any(each.kl.coef > 0 and each.kl.estimator == "prediction" for each in recipe.objective.values())
+        self._max_kl = MAX_MEAN_KL if families == {"diffusion"} and not distance else MAX_KL
+        self._unit = "nats a dim and step" if self._max_kl is MAX_MEAN_KL else "nats a step"
         self._grouped = recipe.group_size > 1
         self._flat = self._sparse = self._blind = 0
         self._first_entropy: float | None = None
@@ -71,8 +79,8 @@ class Health:
             )
             yield "entropy", message + "become alike; raise entropy_coef or kl.coef, or lower the learning rate"
         for key, where in (("kl", "the reference"), ("update_kl", "the rollout's policy")):
-            if row.get(key, 0.0) > MAX_KL:
-                message = f"{key} is {row[key]:.3g} nats a step: the policy runs away from {where}; "
+            if row.get(key, 0.0) > self._max_kl[key]:
+                message = f"{key} is {row[key]:.3g} {self._unit}: the policy runs away from {where}; "
                 yield key, message + "lower the learning rate, raise kl.coef, or set stop_kl"
         overflow = row.get("ratio/overflow", 0.0)
         if overflow > 0.0:

@@ -61,6 +61,16 @@ def test_a_clip_range_in_nats_is_compared_as_what_it_is_over_the_dims(tmp_path):
     assert warning.startswith("the clip range 0.00026 is under 3 times the replay gap 1.0e-04")
 
 
+@pytest.mark.parametrize(("key", "value"), [("kl", 0.2), ("update_kl", 0.02)])
+def test_a_divergence_of_denoising_steps_is_a_mean_over_dims(tmp_path, key, value):
+    """Of a token that much is healthy; of each of 1000 dims it is a policy that is gone."""
+    assert health(tmp_path / "a").observe({**GOOD, key: value}, new_rollout=True) == []
+    watch = Health(build_parts(tmp_path / "b", Walker([0.0, 0.0])).recipe)
+    assert watch.observe({**GOOD, key: value / 3}, new_rollout=True) == []
+    (warning,) = watch.observe({**GOOD, key: value}, new_rollout=True)
+    assert warning.startswith(f"{key} is {value} nats a dim and step: the policy runs away")
+
+
 def test_the_clip_range_does_not_matter_on_policy(tmp_path):
     watch = health(tmp_path, epochs=1)
     assert watch.observe({**GOOD, "replay_gap": 0.07}, new_rollout=True) == []
