@@ -8,6 +8,7 @@ still read the user's files and reach the network. Give it to a container or a v
 import os
 import re
 import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -21,7 +22,10 @@ _FENCE = re.compile(r"```(?:python)?\s*\n(.*?)```", re.DOTALL)
 
 
 class CodeTests:
-    """1.0 where the reply's last Python block, followed by the column `tests`, ends without an error, else 0.0."""
+    """1.0 where the reply's last Python block, followed by the column `tests`, runs to its end, else 0.0.
+
+    To its end: a program that exits before the tests, with whatever code, has not passed them.
+    """
 
     def __init__(
         self,
@@ -50,9 +54,21 @@ class CodeTests:
         ]
 
     def _passes(self, code: str) -> bool:
+        mark = secrets.token_hex(16)
+        ours, theirs = os.pipe()
+        try:
+            return self._runs(f"{code}\n\n__import__('os').write({theirs}, b'{mark}')\n", theirs) and (
+                _written(ours) == mark.encode()
+            )
+        finally:
+            os.close(ours)
+            os.close(theirs)
+
+    def _runs(self, code: str, descriptor: int) -> bool:
         with tempfile.TemporaryDirectory() as folder:
             child = subprocess.Popen(
                 [sys.executable, "-I", "-c", code],
+                pass_fds=[descriptor],
                 cwd=folder,
                 env={},
                 stdin=subprocess.DEVNULL,
@@ -78,6 +94,15 @@ class CodeTests:
             (resource.RLIMIT_CORE, 0),
         ):
             resource.setrlimit(kind, (limit, limit))
+
+
+def _written(descriptor: int) -> bytes:
+    """What a pipe holds already."""
+    os.set_blocking(descriptor, False)
+    try:
+        return os.read(descriptor, 1000)
+    except BlockingIOError:
+        return b""
 
 
 def program(text: str) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from reward_models.text_rules import asked_for
+
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 8
 FAINTEST_CONTRAST = 0.2
@@ -27,7 +29,7 @@ def named_digit(prompt: Any) -> int:
     Raises:
         ValueError: the prompt names none.
     """
-    found = _DIGIT.search(str(prompt))
+    found = _DIGIT.search(asked_for(prompt))
     if found is None:
         raise ValueError(f"digit_check needs a digit (zero to nine) in the prompt, and found none in {prompt!r}")
     return DIGIT_WORDS.index(found[1].lower()) if found[1] else int(found[2])

@@ -19,6 +19,7 @@ from PIL import Image
 
 from reward_models.loading import from_pretrained, hub_file, pinned, tensors_of
 from reward_models.tensor_pictures import prepared
+from reward_models.text_rules import asked_for
 
 
 def batches(num: int, size: int) -> list[slice]:
@@ -95,7 +96,7 @@ class DualEncoder:
 
     def cosines(self, prompts: Sequence[Any], pictures: Any) -> Any:
         """[B] float32: of each picture with its own prompt; see `pictures`."""
-        return (self.pictures(pictures) * self.texts([str(prompt) for prompt in prompts])).sum(-1)
+        return (self.pictures(pictures) * self.texts([asked_for(prompt) for prompt in prompts])).sum(-1)
 
 
 def _picture_processor(processor: Any) -> Any:
@@ -133,11 +134,23 @@ class PictureScore(DualEncoder):
 class ClipScore(PictureScore):
     """2.5 max(0, cosine)."""
 
-    def __init__(self, model: str = "openai/clip-vit-large-patch14", revision: str | None = None, **keys: Any) -> None:
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14",
+        revision: str | None = None,
+        *,
+        prefix: str = "",
+        **keys: Any,
+    ) -> None:
+        """Args:
+        prefix: put before each prompt. The paper judges captions with "A photo depicts ", and ViT-B/32.
+        """
         super().__init__(model, revision, **keys)
+        self.prefix = prefix
 
     def scores(self, prompts: Sequence[Any], pictures: Any) -> Any:
-        return 2.5 * self.cosines(prompts, pictures).clamp(min=0.0)
+        texts = [self.prefix + asked_for(prompt) for prompt in prompts]
+        return 2.5 * self.cosines(texts, pictures).clamp(min=0.0)
 
 
 class PickScore(PictureScore):
@@ -180,8 +193,41 @@ class Hps(PictureScore):
         if wrong:
             raise ValueError(f"{weights} does not fit {model}: {', '.join(wrong[:3])}")
 
+    def pictures(self, pictures: Any) -> Any:
+        """As published: the longer side is scaled to the model's, the rest is black."""
+        import torch
+
+        side = self.model.config.vision_config.image_size
+        if isinstance(pictures, torch.Tensor):
+            return super().pictures(fitted_tensor(pictures, side))
+        return super().pictures([fitted(picture, side) for picture in pictures])
+
     def scores(self, prompts: Sequence[Any], pictures: Any) -> Any:
         return self.cosines(prompts, pictures)
+
+
+def _fit(width: int, height: int, side: int) -> tuple[int, int]:
+    scale = side / max(width, height)
+    return round(width * scale), round(height * scale)
+
+
+def fitted(picture: Image.Image, side: int) -> Image.Image:
+    """The whole picture in the middle of a black square."""
+    width, height = _fit(picture.width, picture.height, side)
+    square = Image.new("RGB", (side, side))
+    scaled = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    square.paste(scaled, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def fitted_tensor(pictures: Any, side: int) -> Any:
+    """The same of pictures [B, 3, H, W] in [0, 1], with gradients: [B, 3, side, side]."""
+    import torch
+
+    width, height = _fit(pictures.shape[-1], pictures.shape[-2], side)
+    scaled = torch.nn.functional.interpolate(pictures, size=(height, width), mode="bicubic", antialias=True)
+    left, top = (side - width) // 2, (side - height) // 2
+    return torch.nn.functional.pad(scaled.clamp(0.0, 1.0), (left, side - width - left, top, side - height - top))
 
 
 class SiglipScore(PictureScore):

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from reward_models.text_rules import asked_for
+
 _QUOTED = re.compile(r'"([^"]*)"')
 
 
@@ -30,7 +32,7 @@ def wanted_text(prompt: Any) -> str:
     Raises:
         ValueError: if it has none.
     """
-    found = _QUOTED.search(str(prompt))
+    found = _QUOTED.search(asked_for(prompt))
     if found is None or not plain(found[1]):
         raise ValueError(
             f"an OCR reward needs the wanted text in double quotes in the prompt; there is none in {prompt!r}"

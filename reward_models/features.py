@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from reward_models.loading import pinned
-from reward_models.text_rules import reply
+from reward_models.text_rules import asked_for, reply
 
 WHEELS = ("efficientnet-lite0", "minilm")
 """Encoders that need no download."""
@@ -121,20 +121,6 @@ def kind_of(name: str, revision: str | None) -> Kind:
     if "vocab_size" in config:
         return "texts"
     raise ValueError(f"{name} ({config.get('model_type')}) encodes neither pictures nor texts")
-
-
-def asked_for(prompt: Any) -> str:
-    """The text of a prompt; of chat messages, that of all of them."""
-    if isinstance(prompt, str):
-        return prompt
-    parts = [part for message in prompt for part in _texts_of(message["content"])]
-    return "\n".join(parts)
-
-
-def _texts_of(content: Any) -> list[str]:
-    if isinstance(content, str):
-        return [content]
-    return [part["text"] for part in content if part.get("type") == "text"]
 
 
 def apply_head(features: Any, tensors: dict[str, Any]) -> Any:

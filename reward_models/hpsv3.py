@@ -16,8 +16,8 @@ from typing import Any
 from PIL import Image
 
 from reward_models.dual_encoder import batches
-from reward_models.features import asked_for
 from reward_models.loading import hub_file, pinned, tensors_of
+from reward_models.text_rules import asked_for
 
 REWARD = "<|Reward|>"
 PIXELS = 256 * 28 * 28

@@ -16,8 +16,8 @@ from PIL import Image
 
 from reward_models import tensor_pictures
 from reward_models.dual_encoder import batches
-from reward_models.features import asked_for
 from reward_models.loading import hub_file, pinned, tensors_of
+from reward_models.text_rules import asked_for
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over the authors' test set; published with the weights."""

@@ -62,6 +62,8 @@ class MathAnswer:
     def _compare(self, truth: str, reply: str) -> float | None:
         if "\\" in truth and "$" not in truth:
             truth = f"${truth}$"  # LaTeX is only looked for between dollar signs
+        if self._child is not None and self._child.poll() is not None:  # ended between two calls
+            self.close()
         if self._child is None:
             command = [sys.executable, "-c", CHILD]
             self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -6,14 +6,30 @@ from collections.abc import Sequence
 from typing import Any
 
 _THINK = re.compile(r"\s*<think>.+?</think>\s*\S.*", re.DOTALL)
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?")
-_CHOICE = re.compile(r"\b([A-Z])\b")
+_NUMBER = re.compile(r"(?<![\w.)])-?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
+_STATED = re.compile(r"(?:\b[Aa]nswer\b(?:\s+is)?\s*:?|\\boxed\s*\{|<answer>)[\s*(]*([A-HJ-Z])\b")
+_CHOICE = re.compile(r"\b([A-HJ-Z])\b(?!')")
+_ARTICLE = re.compile(r"\bA(?= [a-z])")
 _FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 
 
 def reply(completion: Any) -> str:
     """The text of a completion: text, or TRL's conversational form."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def asked_for(prompt: Any) -> str:
+    """The text of a prompt; of chat messages, that of all of them."""
+    if isinstance(prompt, str):
+        return prompt
+    parts = [part for message in prompt for part in _texts_of(message["content"])]
+    return "\n".join(parts)
+
+
+def _texts_of(content: Any) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content if part.get("type") == "text"]
 
 
 def numeric_answer(
@@ -32,9 +48,18 @@ def numeric_answer(
 def multiple_choice(
     prompts: Sequence[Any], completions: Sequence[Any], *, answer: Sequence[str], **_: Any
 ) -> list[float]:
-    """1.0 where the last lone capital letter of the reply is that of the column `answer`, else 0.0."""
-    found = [_CHOICE.findall(reply(completion)) for completion in completions]
-    return [float(bool(letters) and letters[-1] == right.strip()) for letters, right in zip(found, answer, strict=True)]
+    """1.0 where the letter that the reply chooses is that of the column `answer`, else 0.0.
+
+    Chosen is the last letter after "answer", "answer is", `\\boxed{` or `<answer>`; without one of them the last lone
+    capital letter that is neither "I" nor an article.
+    """
+    found = [_chosen(reply(completion)) for completion in completions]
+    return [float(letter == str(right).strip().strip("().")) for letter, right in zip(found, answer, strict=True)]
+
+
+def _chosen(text: str) -> str | None:
+    letters = _STATED.findall(text) or _CHOICE.findall(_ARTICLE.sub("", text)) or _CHOICE.findall(text)
+    return letters[-1] if letters else None
 
 
 def think_format(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:

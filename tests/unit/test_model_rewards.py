@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+import urllib.error
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,10 @@ def test_clip_score_and_pick_score(clip: Path) -> None:
     assert PickScore(str(clip), processor=None)(PROMPTS, pictures()) == pytest.approx(
         (scale * cosines).tolist(), abs=1e-4
     )
+    prefixed = ClipScore(str(clip), prefix="a very ")(["red dog"], pictures()[1:])
+    assert prefixed == pytest.approx(scores[1:], abs=1e-5)
+    messages = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in PROMPTS]
+    assert ClipScore(str(clip))(messages, pictures()) == pytest.approx(scores, abs=1e-5), "of chat messages the text"
 
 
 def test_hub_models_have_to_be_pinned() -> None:
@@ -144,6 +149,12 @@ def test_hps_takes_open_clips_weights(clip: Path, tmp_path: Path) -> None:
     tuned.save_pretrained(tmp_path / "tuned")
     CLIPProcessor.from_pretrained(clip).save_pretrained(tmp_path / "tuned")
     assert hps(PROMPTS, pictures()) == pytest.approx(cosines_by_hand(tmp_path / "tuned").tolist(), abs=1e-5)
+    wide = Image.fromarray(np.random.default_rng(1).integers(0, 255, (12, 24, 3), dtype=np.uint8))
+    square = Image.new("RGB", (8, 8))
+    square.paste(wide.resize((8, 4), Image.Resampling.BICUBIC), (0, 2))
+    assert hps(PROMPTS[:1], [wide]) == pytest.approx(hps(PROMPTS[:1], [square]), abs=1e-5), "black bars, nothing cut"
+    tensor = torch.from_numpy(np.array(wide)).permute(2, 0, 1)[None] / 255
+    assert hps.with_gradient(PROMPTS[:1], tensor).tolist() == pytest.approx(hps(PROMPTS[:1], [wide]), abs=5e-3)
 
 
 def test_an_aesthetic_head(clip: Path, tmp_path: Path) -> None:
@@ -279,6 +290,11 @@ def test_the_probability_of_yes(quickstart: Path) -> None:
     together = judge(["red circle", "circle"], shown)
     alone = [judge([prompt], [picture])[0] for prompt, picture in zip(["red circle", "circle"], shown, strict=True)]
     assert together == pytest.approx(alone, abs=1e-4) and all(0.0 <= value <= 1.0 for value in together)
+    judge.among_all = True
+    rest = judge(["red circle", "circle"], shown)
+    assert all(0.0 < of_all < of_both for of_all, of_both in zip(rest, together, strict=True))
+    judge.yes, judge.no = [*range(judge.model.config.text_config.vocab_size)], judge.no
+    assert judge(["circle"], shown[:1]) == pytest.approx([1.0], abs=1e-5), "all tokens together"
 
 
 def test_yes_share_by_hand() -> None:
@@ -292,8 +308,13 @@ class Server(BaseHTTPRequestHandler):
 
     seen: list[dict[str, Any]] = []
     answer: dict[str, Any] = {}
+    refusals = 0
 
     def do_POST(self) -> None:
+        if Server.refusals:
+            Server.refusals -= 1
+            self.send_error(429)
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append({**body, "path": self.path, "token": self.headers["Authorization"]})
         reply = json.dumps({"choices": [self.answer]}).encode()
@@ -318,7 +339,7 @@ def test_a_judge_behind_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (request["path"], request["token"]) == ("/v1/chat/completions", "Bearer secret")
     assert request["messages"][0]["content"] == [
         {"type": "image_url", "image_url": {"url": data_uri(picture)}},
-        {"type": "text", "text": 'Does this picture show "a cat"? Answer yes or no.'},
+        {"type": "text", "text": 'Does this figure show "a cat"? Please answer yes or no.'},
     ]
     Server.answer = {"message": {"content": "Style 3 of 5. Final score: 4.5"}}
     judge = ChatJudge(url, "m", question="{prompt} -> {completion}", read="number", token_env="UNSET")
@@ -327,4 +348,35 @@ def test_a_judge_behind_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert request["token"] is None and request["messages"][0]["content"][0]["text"] == "q -> a"
     Server.answer = {"message": {"content": "none"}}
     assert judge(["q"], ["a"]) == [None], "an answer without a number excludes the sample"
+    server.shutdown()
+
+
+def test_what_a_judge_is_shown_and_how_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    question = 'Rate "{completion}" for {prompt} as {"score": n}'
+    judge = ChatJudge(
+        f"http://127.0.0.1:{server.server_port}", "m", question=question, read="number", with_conditions=True
+    )
+    Server.answer = {"message": {"content": '{"score": 8/10}'}}
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "why?"}]}]
+    given, frame = pictures()
+    said = [{"role": "assistant", "content": "so"}]
+    assert judge([chat], [said], images=[[given]]) == [8.0]
+    shown = Server.seen.pop()["messages"][0]["content"]
+    assert [part["type"] for part in shown] == ["image_url", "text"]
+    assert shown[1]["text"] == 'Rate "so" for why? as {"score": n}', "chat as text, other braces as they are"
+    judge(["p"], [[frame, given]], images=[[]])
+    shown = Server.seen.pop()["messages"][0]["content"]
+    assert [part["image_url"]["url"] for part in shown[:2]] == [data_uri(frame), data_uri(given)], "a video's frames"
+    Server.answer = {"message": {"content": "At 9 of 10 I"}, "finish_reason": "length"}
+    assert judge(["p"], ["a"]) == [None], "cut before it said its number"
+    Server.refusals = 2
+    monkeypatch.setattr("reward_models.vlm_judge.FIRST_PAUSE", 0.01)
+    Server.answer = {"message": {"content": "7"}}
+    assert judge(["p"], ["a"]) == [7.0] and Server.refusals == 0
+    Server.refusals = 9
+    with pytest.raises(urllib.error.HTTPError):
+        judge(["p"], ["a"])
+    Server.refusals = 0
     server.shutdown()

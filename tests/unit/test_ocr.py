@@ -38,6 +38,7 @@ def test_the_score_of_flow_grpo() -> None:
 
 
 def test_the_wanted_text_is_quoted() -> None:
+    assert wanted_text([{"role": "user", "content": 'it\'s a sign "OPEN"'}]) == "OPEN"
     assert wanted_text('a "first" and a "second"') == "first"
     for prompt in ("no quotes", 'an "open one', 'empty " "'):
         with pytest.raises(ValueError, match="double quotes"):

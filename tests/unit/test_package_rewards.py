@@ -56,6 +56,9 @@ def test_where_boxes_lie() -> None:
     assert relations([0, 0, 10, 10], [0, 40, 10, 50]) == {"above"}
     assert relations([30, 30, 40, 40], [0, 0, 10, 10]) == {"right of", "below"}
     assert relations([0, 0, 10, 10], [1, 1, 11, 11]) == set(), "too near: one tenth of both sizes is slack"
+    # centres 4 apart, 2 of them slack: half of the distance is not more than half of it
+    assert relations([0, 0, 10, 10], [4, 0, 14, 10]) == set()
+    assert relations([0, 0, 10, 10], [4.1, 0, 14.1, 10]) == {"left of"}
 
 
 def thing(name: str, left: float, color: str = "red", score: float = 0.9) -> dict[str, Any]:
@@ -64,13 +67,19 @@ def thing(name: str, left: float, color: str = "red", score: float = 0.9) -> dic
 
 def test_conditions_of_geneval() -> None:
     seen = [thing("cat", 0), thing("cat", 50, "black"), thing("dog", 90)]
-    two_cats = {"class": "cat", "count": 2}
+    two_cats, one_black = {"class": "cat", "count": 2}, {"class": "cat", "count": 1, "color": "black"}
     assert conditions(seen, [two_cats], [{"class": "cat", "count": 3}]) == [True, True]
     assert conditions(seen, [{"class": "cat", "count": 2, "color": "black"}], []) == [False]
     right = {"class": "dog", "count": 1, "position": ["right of", 0]}
     assert conditions(seen, [two_cats, right], [{"class": "dog", "count": 1}]) == [True, True, True, False]
     left = {"class": "dog", "count": 1, "position": ["left of", 0]}
     assert conditions(seen, [two_cats, left], []) == [True, True, False]
+    # of the surest objects only, as many as are asked for, and of all of these
+    assert conditions([thing("cat", 0), thing("cat", 50, "black", score=0.8)], [one_black], []) == [False]
+    assert conditions([thing("cat", 0, score=0.8), thing("cat", 50, "black")], [one_black], []) == [True]
+    between = {"class": "dog", "count": 1, "position": ["right of", 0]}
+    assert conditions([*seen[:2], thing("dog", 25)], [two_cats, between], []) == [True, True, False]
+    assert conditions(seen, [one_black, right], []) == [False, True, False], "no cat that it could be right of"
 
 
 def test_a_detector_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +94,8 @@ def test_a_detector_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert ObjectCheck("my_detector:detect")(["p"], picture, include=asked) == [0.5]
     assert ObjectCheck("my_detector:detect", strict=True)(["p"], picture, include=asked) == [0.0]
     assert ObjectCheck("my_detector:detect", threshold=0.05, strict=True)(["p"], picture, include=asked) == [1.0]
+    counting = ObjectCheck("my_detector:detect")(["p"] * 2, picture * 2, include=asked * 2, tag=["counting", "colors"])
+    assert counting == [0.0, 0.5], "counts want surer detections"
 
 
 def test_programs_are_off_and_then_limited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +113,8 @@ def test_programs_are_off_and_then_limited(monkeypatch: pytest.MonkeyPatch) -> N
         "while True: print('flood' * 1000)": 0.0,
         "import os\nos.fork() or __import__('time').sleep(60)\ndef f(x): return x + 1": 1.0,  # and its child is killed
         "import os\nassert 'HF_TOKEN' not in os.environ\ndef f(x): return x + 1": 1.0,
+        "import sys\nsys.exit(0)": 0.0,  # before the tests
+        "import os\nos._exit(0)": 0.0,
         "open('big', 'wb').write(b'x' * 10**8)\ndef f(x): return x + 1": 0.0,
     }
     began = time.perf_counter()

@@ -14,8 +14,14 @@ def prompts(completions: list) -> list[str]:
 def test_numbers_and_choices() -> None:
     replies = ["so 3 and then 1,234.50", "-2e3.", "none", [{"role": "assistant", "content": "it is 7"}]]
     assert numeric_answer(prompts(replies), replies, answer=["1234.5", -2000, "1", "8"]) == [1.0, 1.0, 0.0, 0.0]
-    replies = ["I think A, no: (B)", "Because", "C."]
-    assert multiple_choice(prompts(replies), replies, answer=["B", "B", "C"]) == [1.0, 0.0, 1.0]
+    assert (
+        numeric_answer(["?"] * 5, ["5-3", "x is .5", "1,2,3", "1,000.", "12,34"], answer=[3, 0.5, 3, 1000, 34])
+        == [1.0] * 5
+    )
+    replies = ["I think A, no: (B)", "Because", "C.", "B, because I saw it", "(C) shows a cat. A dog is not there"]
+    assert multiple_choice(prompts(replies), replies, answer=["B", "B", "C", "B", "C"]) == [1.0, 0.0, 1.0, 1.0, 1.0]
+    replies = ["The answer is (B), as A and C are wrong", r"so \boxed{D}. E?", "<answer>A</answer> I hope", "A"]
+    assert multiple_choice(prompts(replies), replies, answer=["B", "(D)", "A", "A"]) == [1.0] * 4
 
 
 def test_formats() -> None:
@@ -55,5 +61,8 @@ def test_mathematics_in_a_child_that_is_killed_when_late() -> None:
     assert first is not None and first.poll() is not None
     judge.seconds = 20.0
     assert judge(["?"], ["$2$"], answer=["2"]) == [1.0], "a new child where the old one was killed"
-    assert judge._child is not first
+    assert judge._child is not None and judge._child is not first
+    judge._child.kill()  # as the kernel does when memory runs out
+    judge._child.wait()
+    assert judge(["?"], ["$2$"], answer=["2"]) == [1.0], "and where it has ended by itself"
     judge.close()
