@@ -6,8 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+
+from tests import forks
+from unified_rl.engine import build_engine, distributed
+from unified_rl.engine.watch import enter
+from unified_rl.recipe.schema import EngineBlock, Optimizer
 
 WORKER = """
 import os, signal, sys, time
@@ -58,26 +66,52 @@ def test_the_missing_process_is_named_and_nobody_stays(deed: str, said: str):
         assert 'File "<string>", line 9 in <module>' in lost, "and shows where it hung"
 
 
-REWARD = """
+def rest_under_zero_3() -> None:
+    """One of two processes does not come to the forward pass, in which the other one gathers weights from it."""
+    distributed.initialise(timeout_seconds=4)
+    block = EngineBlock(zero_stage=3, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+    module = nn.Linear(8, 8)
+    engine = build_engine(module, SimpleNamespace(engine=block, optimizer=Optimizer()), num_steps=1)
+    enter("update")
+    with engine.window():
+        if distributed.rank() == 1:
+            enter("lunch")
+            time.sleep(300)
+        engine.backward(module(torch.ones(2, 8)).sum())
+
+
+def test_a_process_that_others_miss_in_deepspeeds_own_collectives(tmp_path: Path):
+    """Which no code of ours surrounds, and which would only tell, 30 s later, that time is up."""
+    ends = forks.run_together(2, rest_under_zero_3, log=tmp_path / "log")
+    assert [end.returncode for end in ends] == [1, 1]
+    assert "waited for 4 s in: update; process 1 does not answer (in: lunch" in ends[0].stderr
+    assert "in rest_under_zero_3" in ends[1].stderr
+
+
+ROWS = """
 import os, time
 
-def reward(prompts, completions, **_):
+def rows():
     if os.environ["RANK"] == "1":
-        {deed}
+        time.sleep(300)
+    return [{"prompt": "how many circles are there ?"}] * 2
+
+def reward(prompts, completions, **_):
     return [1.0 * index for index in range(len(completions))]
 """
 
 
-def test_a_reward_that_hangs_on_one_process(tmp_path: Path):
-    (tmp_path / "mine.py").write_text(REWARD.format(deed="time.sleep(300)"))
+def test_data_that_hang_on_one_process(tmp_path: Path):
+    """A whole run, from the command on."""
+    (tmp_path / "mine.py").write_text(ROWS)
     work = ["num_steps=2", "group_size=2", "prompts_per_step=2", "data.evaluation=null", "engine.threads=1"]
-    rewards = f"rewards=[{{name: {tmp_path / 'mine.py'}:reward, isolation: thread}}]"
-    words = [*work, "engine.timeout=6", rewards, "-n", "2", "--output", str(tmp_path)]
+    mine = [f"data.prompts={tmp_path / 'mine.py'}:rows", f"rewards=[{{name: {tmp_path / 'mine.py'}:reward}}]"]
+    words = [*work, *mine, "engine.timeout=6", "-n", "2", "--output", str(tmp_path)]
     command = [sys.executable, "-m", "unified_rl.cli", "train", "quickstart_vlm", *words]
     marked = {**os.environ, "TEST_MARK": str(tmp_path)}
     done = subprocess.run(command, env=marked, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stderr[-3000:]
-    named = "process 1 does not answer (in: rewards"
+    named = "process 1 does not answer (in: starting"
     assert named in done.stderr and named in (tmp_path / "events.jsonl").read_text()
     assert not running(str(tmp_path))
 

@@ -7,6 +7,7 @@ waited for the others for longer than the run's timeout names those that it wait
 """
 
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -50,6 +51,44 @@ def waiting() -> Iterator[None]:
         _doing.waiting = None
 
 
+class _Idle:
+    """Since when the main thread has rested in a collective that `waiting` does not surround: DeepSpeed's own."""
+
+    PACKAGES = ("torch.distributed", "deepspeed")
+    DEPTH = 4
+    """Calls, from the innermost on, among which one of these packages' makes the rest a collective's."""
+
+    def __init__(self) -> None:
+        self._thread = threading.main_thread().ident or 0
+        # A computing thread's own clock runs; elsewhere than on Linux there is none, and nothing is found.
+        self._clock = time.pthread_getcpuclockid(self._thread) if sys.platform == "linux" else None
+        self._ran, self._since = 0.0, math.inf
+
+    def since(self) -> float | None:
+        """None if it was at work since the last call, or rests elsewhere."""
+        if self._clock is None:
+            return None
+        ran = time.clock_gettime(self._clock)
+        rested, self._ran = ran - self._ran < 1e-3, ran
+        if not rested or not self._in_collective():
+            self._since = math.inf
+            return None
+        self._since = min(self._since, time.monotonic())
+        return self._since
+
+    def _in_collective(self) -> bool:
+        loaded = [sys.modules[name].__path__[0] for name in self.PACKAGES if name in sys.modules]
+        folders = tuple(f"{path}{os.sep}" for path in loaded)
+        frame = sys._current_frames().get(self._thread)
+        for _ in range(self.DEPTH):
+            if frame is None:
+                return False
+            if frame.f_code.co_filename.startswith(folders):
+                return True
+            frame = frame.f_back
+        return False
+
+
 class Watch:
     """The thread of one process."""
 
@@ -61,6 +100,9 @@ class Watch:
         self._prefix = f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._seen: dict[int, tuple[str, float]] = {}
         self._stop = threading.Event()
+        self._idle = _Idle()
+        self._began: float | None = None
+        """Since when this process waits for others, while it does."""
         self._store = self._connect()
         self._tell()
         self.report: Callable[[str], None] = lambda message: None
@@ -110,7 +152,9 @@ class Watch:
     def _tell(self) -> None:
         now = time.monotonic()
         seconds = now - _doing.since
-        is_waiting = int(_doing.waiting is not None)
+        idle = self._idle.since()
+        self._began = _doing.waiting if _doing.waiting is not None else idle
+        is_waiting = int(self._began is not None)
         self._store.set(f"{self._prefix}/{self._rank}", f"{now}|{_doing.phase}|{seconds:.0f}|{is_waiting}")
 
     def _look(self) -> None:
@@ -133,8 +177,7 @@ class Watch:
             if failed:
                 self._give_up(self._store.get(f"{self._prefix}/failed").decode(), told=True)
                 return
-            began = _doing.waiting
-            if began is not None and time.monotonic() - began > self._timeout:
+            if self._began is not None and time.monotonic() - self._began > self._timeout:
                 who = self.suspects() or "no other process is known to be late"
                 self._give_up(f"waited for {self._timeout:.0f} s in: {_doing.phase}; {who}", told=False)
                 return
