@@ -11,6 +11,7 @@ from unified_rl.data.prompts import PromptSampler
 from unified_rl.data.recorded import RecordedSampler, check_recorded, load_recorded, weights_of
 from unified_rl.data.sources import load_rows
 from unified_rl.engine import build_engine, distributed
+from unified_rl.engine.files import check_folder
 from unified_rl.errors import RecipeError
 from unified_rl.evaluate import load_exam
 from unified_rl.health import Health
@@ -63,6 +64,8 @@ def build_sampler(recipe: Recipe) -> PromptSampler:
 
 def assemble(recipe: Recipe, run: Run) -> Parts:
     """Load everything that a run needs, cheap things first."""
+    if recipe.engine.offload_folder is not None:
+        check_folder(recipe.engine.offload_folder)
     rewards = load_rewards(recipe.rewards, device=str(distributed.device()))
     sampler = build_sampler(recipe)
     share = len(sampler.rollout(0, rank=distributed.rank(), world_size=distributed.world_size()))

@@ -29,7 +29,7 @@ def test_the_users_json_is_merged_key_by_key(tmp_path):
         ({"optimizer": {"type": "Adam"}}, "engine.deepspeed.optimizer: is set by optimizer; leave it out"),
         ({"fp16": {"enabled": True}}, "engine.deepspeed.fp16.enabled: is set by policy.dtype"),
         ({"zero_optimization": {"stage": 3}}, "engine.deepspeed.zero_optimization.stage: is set by engine.zero_stage"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "is set by engine.offload (to disks"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "is set by engine.offload and engine.off"),
         ("no/such.json", "engine.deepspeed: no/such.json is not readable as JSON"),
     ],
 )

@@ -79,6 +79,8 @@ def test_validate_prints_it(capsys):
     words = ["engine.offload=all", "engine.zero_stage=3"]
     assert main(["validate", "quickstart_vlm", *words, "--gpus", "2", "--gpu-memory", "1"]) == 0
     assert "in main memory" in capsys.readouterr().out
+    assert main(["validate", "quickstart_vlm", *words, "engine.offload_folder=/fast", "--gpus", "2"]) == 0
+    assert "in /fast" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "num_buffers"), [("quickstart", 16 * 192), ("quickstart_vlm", 0)])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from unified_rl.engine import distributed
 from unified_rl.engine.deepspeed_config import build_config
+from unified_rl.engine.files import Files, move_states, move_weights
 from unified_rl.engine.optimizer import build_optimizer, clipped_step, lr_at, set_lr, trained_parameters
 from unified_rl.engine.state import (
     MOMENTS,
@@ -34,11 +35,13 @@ from unified_rl.engine.state import (
     write_plain_state,
     write_state,
 )
+from unified_rl.errors import RecipeError
 from unified_rl.recipe.schema import EngineBlock, Optimizer
 
 # Said instead of detected, because detecting it on CPU prints a warning.
 os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -89,7 +92,7 @@ class DeepSpeedEngine:
         """
         Raises:
             RecipeError: if nothing is trained, or weights are of a low precision that this ZeRO stage does not keep
-                float32 copies of.
+                float32 copies of, or this machine cannot train; or if there is no room in `block.offload_folder`.
         """
         zero_stage = block.zero_stage
         _process_group()
@@ -104,9 +107,12 @@ class DeepSpeedEngine:
         self._trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._trained.values())
         self._gradient_bytes = 4 * sum(shape.numel() for shape in self._shapes.values())
         self._adam = build_optimizer(self._trained, optimizer)
+        dtype = str(next(iter(self._trained.values())).dtype).removeprefix("torch.")
+        if dtype == "float16" and not get_accelerator().is_fp16_supported():
+            raise RecipeError("policy.dtype: DeepSpeed does not train float16 on this machine's CPU; use bfloat16")
         config = build_config(
             block,
-            dtype=str(next(iter(self._trained.values())).dtype).removeprefix("torch."),
+            dtype=dtype,
             max_grad_norm=optimizer.max_grad_norm,
             on_gpu=distributed.device().type == "cuda",
         )
@@ -115,11 +121,22 @@ class DeepSpeedEngine:
         self.module = module
         offloads = "offload_optimizer" if zero_stage == 3 else "cpu_offload"
         self._offloaded = bool(zero_stage) and bool(vars(self._zero)[offloads])
+        self._files = Files(block.offload_folder) if block.offload_folder is not None else None
+        if self._files is not None:
+            self._move_to(self._files, weights=block.offload == "all")
         self._sent = {"all_reduce": 0.0, "reduce_scatter": 0.0, "all_gather": 0.0}
         if zero_stage == 3:
             # A policy and its critic are called by themselves, never the module that holds both.
             for called in module.children() if isinstance(module, nn.ModuleDict) else [module]:
                 called.register_forward_pre_hook(self._count_gather)
+
+    def _move_to(self, files: Files, *, weights: bool) -> None:
+        move_states(self._zero, files, stage=self._stage)
+        if self._stage < 3:
+            self._link_moments()
+        if weights:
+            move_weights(self._zero, files, [p for p in self.module.parameters() if not p.requires_grad])
+        files.release()
 
     def _set_step(self, step: int) -> None:
         self._step = step
@@ -186,6 +203,8 @@ class DeepSpeedEngine:
             self._zero.grad_partitions_flat_buffer.zero_()
         if self._offloaded:
             self._forget_offloaded()
+        if self._files is not None:
+            self._files.release()
         # Float16: an overflow of the scaled gradients leaves the norm of the step before.
         return math.inf if self._zero.overflow else float(self._engine.get_global_grad_norm())
 
@@ -329,6 +348,11 @@ class DeepSpeedEngine:
     def _make_moments(self, adam_steps: int) -> None:
         """Give Adam the state that it would have after `adam_steps` updates, its moments still zero."""
         adam = self._zero.optimizer
+        if self._files is not None:
+            for state in adam.state.values():
+                state["step"].fill_(adam_steps)
+                state["exp_avg"].zero_(), state["exp_avg_sq"].zero_()
+            return
         adam.state.clear()
         flat = [vector for group in adam.param_groups for vector in group["params"]]
         if self._stage == 3:

@@ -30,8 +30,8 @@ OWNED = {
     "fp16.enabled": "policy.dtype",
     "data_types": "the trainer, which accumulates gradients in float32",
     "zero_optimization.stage": "engine.zero_stage",
-    "zero_optimization.offload_optimizer.device": "engine.offload (to disks is not supported)",
-    "zero_optimization.offload_param.device": "engine.offload (to disks is not supported)",
+    "zero_optimization.offload_optimizer.device": "engine.offload and engine.offload_folder",
+    "zero_optimization.offload_param.device": "engine.offload and engine.offload_folder",
     "zenflow": "engine.offload",
 }
 """Keys of DeepSpeed's that the recipe says in its own words."""

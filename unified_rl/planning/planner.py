@@ -47,7 +47,7 @@ class Need:
     traffic: float
     """Bytes that a process sends for one optimiser step, its windows included; rollouts come on top at stage 3."""
     host: float = 0.0
-    """What `engine.offload` keeps in main memory instead."""
+    """What `engine.offload` keeps in main memory, or in files, instead."""
 
     @property
     def total(self) -> float:
@@ -143,6 +143,7 @@ def table(
     gpu_memory: float,
     num_windows: int,
     offload: str = "none",
+    offload_to: str = "main memory",
     stages: Collection[int] = (0, 1, 2, 3),
     activations: int | None = None,
 ) -> str:
@@ -150,6 +151,7 @@ def table(
 
     Args:
         gpu_memory: GiB of one GPU.
+        offload_to: where offloaded states are, in words.
         stages: to advise among.
         activations: bytes of one window on one process; None: unknown.
     """
@@ -168,7 +170,7 @@ def table(
         weights, gradients, optimizer, total, traffic = (f"{number / GIB:.2f}" for number in cells)
         lines.append(
             f"  {stage:<4} {weights:>9} {gradients:>10} {optimizer:>10} {total:>9} {traffic:>13}   "
-            f"{fits}{f', and {found.host / GIB:.2f} in main memory' if found.host else ''}"
+            f"{fits}{f', and {found.host / GIB:.2f} in {offload_to}' if found.host else ''}"
         )
     counted = "states"
     if activations is not None:
@@ -191,6 +193,7 @@ def explain_plan(recipe: Recipe, num_gpus: int, gpu_memory: float) -> str:
         gpu_memory=gpu_memory,
         num_windows=windows,
         offload=recipe.engine.offload,
+        offload_to=recipe.engine.offload_folder or "main memory",
         stages=stages_of(recipe),
         activations=window_activations(recipe, config_folder(recipe.policy)),
     )

@@ -63,6 +63,9 @@ class EngineBlock(Block):
     offload: Literal["none", "optimizer", "all"] = "none"
     """What GPUs leave to the main memory: the optimiser with its float32 weights (zero_stage 1 to 3), or the trained
     weights too (zero_stage 3)."""
+    offload_folder: str | None = None
+    """A folder on a fast disk (NVMe) that holds these states instead of the main memory, in files of each process that
+    vanish with it."""
     micro_batch: int = Field(default=16, ge=1)
     """Trajectories in one window (one forward and backward)."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
@@ -180,6 +183,8 @@ class Recipe(Block):
         if self.engine.offload != "none" and self.engine.zero_stage < (3 if self.engine.offload == "all" else 1):
             needed = "3" if self.engine.offload == "all" else "1, 2 or 3"
             raise ValueError(f"engine.offload: {self.engine.offload} needs zero_stage {needed}")
+        if self.engine.offload_folder is not None and self.engine.offload == "none":
+            raise ValueError("engine.offload_folder: nothing is offloaded; say engine.offload: optimizer, or all")
         if self.engine.on_out_of_memory == "halve" and self.engine.zero_stage >= 2:
             raise ValueError(
                 "engine.on_out_of_memory: halve needs zero_stage 0 or 1; from 2 on processes exchange gradients within"
