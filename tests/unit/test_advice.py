@@ -31,7 +31,7 @@ IDLE: list[tuple[str, dict[str, Any], str, str]] = [
     ("causal_lm", {"preset": "best_of_n", "temperature": 0.1}, "temperature", "advantage exponential"),
     ("causal_lm", {"beside_coef": 0.1}, "beside_coef", "beside"),
     ("diffusion", {"preset": "awm", "mix_coef": 0.5}, "mix_coef", "method nft"),
-    ("diffusion", {"preset": "diffusion_nft", "error_weight": "t"}, "error_weight", "method awm"),
+    ("diffusion", {"preset": "diffusion_nft", "error_weight": "t"}, "error_weight", "a method over denoising errors"),
     ("causal_lm", {"pair_coef": 3.0}, "pair_coef", "method dpo or dgpo"),
     ("diffusion", {"preset": "dgpo", "pair_form": "ipo"}, "pair_form", "method dpo"),
     ("causal_lm", {"preset": "sapo", "clip_low": 0.1}, "clip_low", "loss clip or guard"),

@@ -128,4 +128,20 @@ def test_awm_weights_by_hand() -> None:
 
 def test_score_is_half_the_error_of_dims() -> None:
     output, target = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 2.0]])
-    assert denoising_score(output, target).tolist() == [-2.5, -1.0]
+    level = torch.tensor(0.5)
+    assert denoising_score(output, target, level).tolist() == [-2.5, -1.0]
+    assert denoising_score(output, target, level, "t2").tolist() == [-0.625, -0.25]
+
+
+def test_t2_is_the_error_of_the_clean_sample_that_a_velocity_predicts() -> None:
+    torch.manual_seed(0)
+    clean, noise, output = torch.randn(3, 2, 8, dtype=torch.float64)
+    level = torch.tensor(0.3, dtype=torch.float64)
+    signal = (1 - level**2).sqrt()
+    for noised, target, keep in (
+        ((1 - level) * clean + level * noise, noise - clean, 1.0),  # a flow's velocity
+        (signal * clean + level * noise, signal * noise - level * clean, signal),  # v-prediction
+    ):
+        predicted = keep * noised - level * output
+        expected = -0.5 * squared_error(predicted, clean)
+        torch.testing.assert_close(denoising_score(output, target, level, "t2"), expected)

@@ -166,6 +166,16 @@ def test_imitation_is_weighted_likelihood(tmp_path: Path):
     torch.testing.assert_close(got, logits.grad)
 
 
+def test_errors_of_scores_are_weighted_by_their_level(tmp_path: Path):
+    """Levels 1/3, 2/3 and 1; the toy's prediction is the same at all of them, but for its noise."""
+    found = {}
+    for weight in (None, "uniform", "t2"):
+        objective = {"preset": "best_of_n", "error_weight": weight, "train_steps": 3}
+        found[weight] = gradient(build_parts(tmp_path / str(weight), Denoiser([0.3, 0.1]), objective=objective))
+    assert torch.equal(found[None], found["uniform"]) and found[None].abs().max() > 0.2
+    torch.testing.assert_close(found["t2"], found["uniform"] * (1 / 9 + 4 / 9 + 1) / 3, rtol=0.05, atol=0.02)
+
+
 def test_imitated_samples_have_noises_of_their_own(tmp_path: Path):
     Denoiser.seeds.clear()
     gradient(build_parts(tmp_path, Denoiser([0.3, 0.1]), objective={"preset": "rwr"}))

@@ -21,6 +21,7 @@ from unified_rl.methods.planning import (
 )
 from unified_rl.metrics import StepMetrics
 from unified_rl.objectives.forward_process import (
+    AWM_WEIGHT,
     FORWARD_LOSSES,
     ForwardLoss,
     ForwardTerms,
@@ -91,7 +92,7 @@ def noised_loss(policy: Policy, window: Window[NoisedTarget], metrics: StepMetri
         advantages=prepared.advantages[window.rows].to(now.output),
         advantage_scale=objective.advantage_clip or 5.0,
         mix_coef=objective.mix_coef,
-        error_weight=objective.error_weight,
+        error_weight=objective.error_weight or AWM_WEIGHT,
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
     )

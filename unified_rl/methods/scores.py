@@ -173,7 +173,8 @@ def evaluate(
     prompts = prompts_of(prepared, rows)
     names = [prompt.seed if planned.method == "sft" else prompt.group_id for prompt in prompts]
     seen = policy.predict(prepared.name, segment, step.start, noise_seeds(parts.recipe, planned, step.start, names))
-    return denoising_score(seen.output, seen.target), seen
+    weight = prepared.objective.error_weight or "uniform"
+    return denoising_score(seen.output, seen.target, seen.level, weight), seen
 
 
 def scored_loss(policy: Policy, window: Window[ScoredTarget], metrics: StepMetrics, *, first_update: bool) -> Tensor:

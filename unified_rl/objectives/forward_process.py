@@ -20,6 +20,8 @@ MIN_ERROR = 1e-5
 """Floor of the adaptive weight's denominator, in latent units."""
 MAX_LOG_RATIO = 20.0
 _HUBER = 1e-5
+AWM_WEIGHT = "ghuber"
+"""Its authors' default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +59,15 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().flatten(1).mean(1)
 
 
-def denoising_score(output: Tensor, target: Tensor) -> Tensor:
+def denoising_score(output: Tensor, target: Tensor, level: Tensor, weight: str = "uniform") -> Tensor:
     """[B] minus half the squared error: the log-likelihood of the target under a unit Gaussian at the prediction, up to
-    a constant and averaged over dims. It stands for a sample's log-prob in preference and imitation objectives."""
-    return -0.5 * squared_error(output, target)
+    a constant and averaged over dims. It stands for a sample's log-prob in preference and imitation objectives.
+
+    Args:
+        level, weight: of `weighted_error`. Where little noise is left, velocities and noises are hard to predict and
+            say nothing of the picture, so that without a weight their errors are most of the loss.
+    """
+    return -0.5 * weighted_error(squared_error(output, target), level, weight)
 
 
 def nft_rewards(advantages: Tensor, clip: float) -> Tensor:
@@ -108,7 +115,7 @@ def awm_loss(terms: ForwardTerms) -> Tensor:
 
 
 def weighted_error(error: Tensor, level: Tensor, weight: str) -> Tensor:
-    """AWM's weights of a squared error [B] at noise level [] t.
+    """AWM's weights of a squared error [B] at noise level [] t. t2 makes of a velocity's error the clean sample's.
 
     uniform: error. t: t * error. t2: t^2 * error. huber: t * (sqrt(error + 1e-10) - 1e-5). ghuber, the authors'
     default: 4 t * ((error + 1e-10)^(1/4) - 1e-10^(1/4)).

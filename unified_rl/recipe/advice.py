@@ -88,7 +88,8 @@ def _uses(objective: Objective, family: str) -> Iterator[tuple[str, bool, str]]:
     yield "temperature", advantage == "exponential", "advantage exponential"
     yield "beside_coef", objective.beside is not None, "beside"
     yield "mix_coef", "nft" in methods, "method nft"
-    yield "error_weight", "awm" in methods, "method awm"
+    scored = family not in CATEGORICAL and {"sft", "dpo", "dgpo"} & methods
+    yield "error_weight", "awm" in methods or bool(scored), "a method over denoising errors"
     yield "pair_coef", bool({"dpo", "dgpo"} & methods), "method dpo or dgpo"
     yield "pair_form", "dpo" in methods, "method dpo"
     yield "clip_low", bool(bounded) or loss in ("clip", "guard"), "loss clip or guard"

@@ -14,6 +14,10 @@ METHOD_MEANINGS = {
 }
 
 
+SCORED = ("sft", "dpo", "dgpo")
+"""Methods whose scores are denoising errors, if there is a denoiser."""
+
+
 def method_lines(objective: Objective) -> list[tuple[str, str]]:
     """(name, text) of the method and the keys that it uses."""
     lines = []
@@ -38,6 +42,8 @@ def _used_keys(objective: Objective, method: str) -> list[str]:
         keys = ["pair_coef", "clip_low", "clip_high"]
     elif method == "sft" and objective.advantage == "exponential":
         keys = ["temperature"]
+    if method in SCORED and objective.error_weight is not None:
+        keys.append("error_weight")
     if method in OLD_METHODS or method not in METHOD_KINDS:
         keys.append("old_weights")
     if objective.train_steps is not None and method != "policy_gradient":

@@ -40,8 +40,9 @@ class MethodBlock(Block):
     """advantage exponential: exp(reward / temperature)."""
     mix_coef: float = Field(default=1.0, gt=0)
     """nft: how far the positive policy lies from the old one, in units of the trained one's distance."""
-    error_weight: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"
-    """awm: weight of the error at noise level t."""
+    error_weight: Literal["uniform", "t", "t2", "huber", "ghuber"] | None = None
+    """awm, and denoising errors of sft, dpo and dgpo: weight of the error at noise level t. t2 makes of a velocity's
+    error that of the predicted clean sample. None: ghuber for awm, uniform for the others."""
     pair_coef: float = Field(default=0.1, gt=0)
     """dpo: of the margin (its beta; about 0.1 for texts, 2000 for denoising errors). dgpo: of the group's drift."""
     pair_form: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
