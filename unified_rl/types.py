@@ -41,6 +41,8 @@ class Completion:
     text: str | None
     images: tuple[Any, ...]
     """Generated pictures (PIL); several for a video, one waveform (array) for sound, empty for text."""
+    tokens: tuple[int, ...] | None = None
+    """The ids of a text's tokens, with the one that ends it; None if it has none."""
     truncated: bool = False
     """Cut at the most tokens, or turns, that a completion may have."""
     measured: Mapping[str, Any] = field(default_factory=dict)

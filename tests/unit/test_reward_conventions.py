@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,9 @@ from PIL import Image
 
 from unified_rl.errors import RecipeError
 from unified_rl.rewards.conventions import UniformReward, make_reward
+from unified_rl.rewards.scoring import reward_of, score
 from unified_rl.rewards.types import Judged, RewardBatch, RewardError
+from unified_rl.types import Completion, Prompt
 
 
 def uniform(target: Any, **arguments: Any) -> UniformReward:
@@ -54,6 +56,23 @@ def test_trl_with_its_metric_log() -> None:
     assert judged.values == [1.0, 0.0] and judged.metrics == {"length": 2.0}
 
 
+def test_trl_with_token_ids_and_what_only_its_trainer_has() -> None:
+    """The first example of TRL's documentation."""
+
+    def longer(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        return [float(len(ids)) for ids in completion_ids]
+
+    prompts = [Prompt(text="p", images=(), columns={}, group_id=row, seed=0) for row in range(2)]
+    said = [Completion(text="a", images=(), tokens=(5, 6, 7)), Completion(text="b", images=(), tokens=(8,))]
+    assert score([reward_of(longer, name="longer")], prompts, said).total.tolist() == [3.0, 1.0]
+
+    def curriculum(completions: list, trainer_state: Any) -> list[float]:
+        raise AssertionError
+
+    with pytest.raises(RewardError, match="needs TRL's 'trainer_state', which is not given here"):
+        uniform(curriculum).judge(texts("a"))
+
+
 def test_verl_one_call_a_completion() -> None:
     def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> dict:
         if solution_str == "boom":
@@ -93,6 +112,11 @@ def test_verl_omni_gets_a_tensor_of_the_picture() -> None:
     judged = ask(compute_score, grey(0, 51, ground_truth=["", ""]), "verl-omni")
     assert judged.values == pytest.approx([0.0, 0.2])
 
+    def of_the_picture_alone(solution_image: torch.Tensor, extra_info: Any = None) -> float:
+        return float(solution_image.mean())
+
+    assert ask(of_the_picture_alone, grey(0, 255), "verl-omni").values == [0.0, 1.0], "no truth asked for, none needed"
+
 
 def test_easyr1_batch_and_sequential() -> None:
     def compute_score(reward_inputs: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -108,6 +132,8 @@ def test_easyr1_batch_and_sequential() -> None:
     for function, name in ((compute_score, "EasyR1"), (compute_one, "EasyR1 sequential")):
         judged = ask(function, batch, name)
         assert judged.values == [1.0, 0.1] and judged.metrics == {"format": 1.5}
+    batch = texts("yes", "oh no", answer=["yes", "no"], completion_ids=[[1, 2], [3, 4, 5, 6]])
+    assert ask(compute_score, batch, "EasyR1").metrics == {"format": 3.0}, "lengths in tokens where they are known"
 
 
 def test_openrlhf() -> None:
@@ -115,6 +141,11 @@ def test_openrlhf() -> None:
         rewards = torch.tensor([float(q == p + l) for q, p, l in zip(queries, prompts, labels, strict=True)])  # noqa: E741
         return {"rewards": rewards, "scores": rewards, "extra_logs": {"right": rewards}}
 
+    def without_prompts(queries: list[str]) -> list[float]:
+        return [float(len(query)) for query in queries]
+
+    chat = replace(texts("a"), prompts=[[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]])
+    assert ask(without_prompts, chat, "OpenRLHF").values == [len("user: hi" + "a")]
     judged = ask(reward_func, texts("a", "b", label=["a", "c"]), "OpenRLHF")
     assert judged.values == [1.0, 0.0] and judged.metrics == {"right": 0.5}
 
@@ -132,6 +163,17 @@ def test_flow_grpo_factory_and_its_combined_form() -> None:
 
     judged = ask(brightness, grey(0, 255, tag=[1, 2]), "flow_grpo")
     assert judged.values == [0.0, 1.0] and judged.metrics == {"half": 0.25}
+
+    def jpeg(quality: int = 95) -> Callable:
+        def _fn(images: torch.Tensor, prompts: list, metadata: list[dict]) -> tuple[Any, dict]:
+            return images.mean((1, 2, 3)).numpy() * quality, {}
+
+        return _fn
+
+    assert ask(jpeg, grey(0, 255), "flow_grpo").values == [0.0, 95.0], "a factory without a device, as for JPEG sizes"
+    assert ask(jpeg, grey(0, 255), "flow_grpo", quality=50).values == [0.0, 50.0]
+    with pytest.raises(RecipeError, match="mine has no parameter 'completions', and makes no reward either"):
+        uniform(lambda: 3)
 
 
 @dataclass
@@ -170,6 +212,17 @@ def test_flow_factory_pointwise_and_groupwise() -> None:
             levels = [each.getpixel((0, 0))[0] for each in image]
             return RewardModelOutput(rewards=[sorted(levels).index(level) * self.scale for level in levels])
 
+    class Bare:
+        """Without Flow-Factory's own classes, which are not installed."""
+
+        required_fields = ("image",)
+
+        def __init__(self, config: Any, accelerator: Any) -> None: ...
+
+        def __call__(self, image: list[Image.Image], **kwargs: Any) -> RewardModelOutput:
+            return RewardModelOutput(rewards=[1.0] * len(image))
+
+    assert ask(Bare, grey(0, 4), "Flow-Factory").values == [1.0, 1.0]
     assert ask(Bright, grey(0, 4), "Flow-Factory", scale=0.5).values == [0.0, 2.0]
     reward = uniform(Rank, scale=1.0)
     assert reward.groupwise

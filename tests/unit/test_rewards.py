@@ -15,8 +15,11 @@ import torch
 from PIL import Image
 
 from reward_models.answers import answer, answer_format
+from unified_rl.assemble import build_sampler
 from unified_rl.errors import RecipeError
 from unified_rl.imports import load_import
+from unified_rl.policies import build_policy
+from unified_rl.recipe.file import load_recipe
 from unified_rl.recipe.schema import RewardBlock
 from unified_rl.rewards.scoring import (
     LoadedReward,
@@ -310,3 +313,15 @@ def test_answer_by_hand() -> None:
     prompts = ["what colour?"] * len(replies)
     assert answer(prompts, list(replies), answer=["red"] * len(replies)) == [right for right, _ in replies.values()]
     assert answer_format(prompts, list(replies)) == [formed for _, formed in replies.values()]
+
+
+def test_rewards_get_the_tokens_that_a_language_model_wrote() -> None:
+    recipe = load_recipe("quickstart_vlm")
+    prompts = build_sampler(recipe).rollout(0, rank=0, world_size=1)[:3]
+    trajectory = build_policy(recipe, torch.device("cpu")).sample(prompts)
+
+    def length(completion_ids: list[list[int]]) -> list[float]:
+        return [float(len(ids)) for ids in completion_ids]
+
+    scores = score([loaded(length, name="length")], prompts, trajectory.completions)
+    assert scores.total.tolist() == trajectory.segments["text"].loss_mask.sum(1).tolist()

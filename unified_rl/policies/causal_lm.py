@@ -197,7 +197,12 @@ class CausalLMPolicy:
             group_ids=torch.tensor([prompt.group_id for prompt in prompts]),
             segments={SEGMENT: segment},
             completions=[
-                Completion(text=text.strip(), images=(), truncated=int(row[-1]) not in self._end_ids)
+                Completion(
+                    text=text.strip(),
+                    images=(),
+                    tokens=tuple(row.tolist()),
+                    truncated=int(row[-1]) not in self._end_ids,
+                )
                 for text, row in zip(texts, rows, strict=True)
             ],
             policy_version=self.version,

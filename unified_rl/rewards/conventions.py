@@ -29,6 +29,11 @@ from unified_rl.rewards import foreign
 from unified_rl.rewards.types import Judged, RewardBatch, RewardError, WrongAnswerError, numbers
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+OF_TRL = {"completions", "completion_ids"}
+JUDGED = {*OF_TRL, "first", *(name for _, names, _ in foreign.CONVENTIONS for name in names)}
+"""Parameters of what judges, and of nothing that makes a judge."""
+TRAINERS = ("trainer_state", "environments")
+"""What TRL's trainer gives besides, and no other."""
 GIVEN = ("prompts", "completions", "log_metric", "log_extra")
 """Parameters of TRL's convention that no argument may take."""
 Caller = Callable[[Callable, RewardBatch], Any]
@@ -105,8 +110,10 @@ def make_reward(target: Any, arguments: Mapping[str, Any], *, shown: str, where:
     if not callable(target):
         raise RecipeError(f"{where}.name: {shown} is a {type(target).__name__}; name a function or a class")
     if inspect.isclass(target) or _is_factory(target):
-        target, arguments = _construct(target, arguments, shown, where, device), {}
+        made_by, target, arguments = target, _construct(target, arguments, shown, where, device), {}
         if not callable(target):
+            if inspect.isfunction(made_by):
+                raise RecipeError(f"{where}.name: {shown} has no parameter 'completions', and makes no reward either")
             raise RecipeError(f"{where}.name: objects of {shown} cannot be called; give the class a __call__")
     parameters = _parameters(target, shown, where)
     convention, caller = _recognise(parameters, shown, where)
@@ -126,9 +133,9 @@ def _recognise(parameters: Mapping[str, inspect.Parameter], shown: str, where: s
     if {"first", "second"} <= names:
         return "pairwise", call_pairwise
     for convention, needed, caller in foreign.CONVENTIONS:
-        if needed <= names and "completions" not in names:
+        if needed <= names and not names & OF_TRL:
             return convention, caller
-    if "completions" in names or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+    if names & OF_TRL or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return "TRL", call_trl
     raise RecipeError(f"{where}.name: {shown} has no parameter 'completions'; see docs/rewards.md")
 
@@ -141,11 +148,13 @@ def _parameters(target: Callable, shown: str, where: str) -> Mapping[str, inspec
 
 
 def _is_factory(target: Callable) -> bool:
-    """flow_grpo's and ddpo's form: f(device) gives the reward."""
+    """flow_grpo's and ddpo's form: f(device) or f() gives the reward."""
     if not inspect.isfunction(target):
         return False
-    needed = [p for p in inspect.signature(target).parameters.values() if p.default is p.empty and p.kind in _BY_NAME]
-    return [parameter.name for parameter in needed] == ["device"]
+    parameters = inspect.signature(target).parameters
+    needed = [name for name, each in parameters.items() if each.default is each.empty and each.kind in _BY_NAME]
+    open_ended = any(each.kind in (each.VAR_KEYWORD, each.VAR_POSITIONAL) for each in parameters.values())
+    return needed == ["device"] or (not needed and not open_ended and not JUDGED & parameters.keys())
 
 
 def _construct(target: Callable, arguments: Mapping[str, Any], shown: str, where: str, device: str) -> Any:
@@ -237,6 +246,8 @@ def for_parameters(function: Callable, given: Mapping[str, Any], extras: Mapping
     chosen |= {name: value for name, value in extras.items() if name in named and name not in given}
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in chosen and name not in bound:
+            if name in TRAINERS:
+                raise RewardError(f"needs TRL's {name!r}, which is not given here; give the parameter a default")
             columns = ", ".join(name for name in given if name not in GIVEN) or "none"
             raise RewardError(f"needs the column {name!r}; the data have: {columns}")
     return chosen

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from unified_rl.plain_text import prompt_text
 from unified_rl.rewards.types import Judged, RewardBatch, RewardError, WrongAnswerError, is_tensor, number, numbers
 
 
@@ -102,7 +103,7 @@ def call_verl(function: Callable, batch: RewardBatch) -> Any:
     """`compute_score(data_source, solution_str, ground_truth, extra_info)`, or verl-omni's with `solution_image`."""
     parameters = inspect.signature(function).parameters
     calls = []
-    truths = _column(batch, ("ground_truth", "answer"))
+    truths = _column(batch, ("ground_truth", "answer")) if "ground_truth" in parameters else [None] * len(batch)
     tensors = picture_tensor(batch.pictures) if "solution_image" in parameters else None
     for row in range(len(batch)):
         given = {
@@ -120,14 +121,16 @@ def call_verl(function: Callable, batch: RewardBatch) -> Any:
 def _easyr1_inputs(batch: RewardBatch) -> list[dict[str, Any]]:
     truths = _column(batch, ("ground_truth", "answer"))
     texts = [_text(batch, row) for row in range(len(batch))]
+    tokens = batch.columns.get("completion_ids", [text.split() for text in texts])
     return [
-        {"response": text, "response_length": len(text.split()), "ground_truth": truth}
-        for text, truth in zip(texts, truths, strict=True)
+        {"response": text, "response_length": len(ids), "ground_truth": truth}
+        for text, ids, truth in zip(texts, tokens, truths, strict=True)
     ]
 
 
 def call_easyr1_batch(function: Callable, batch: RewardBatch) -> Any:
-    """`compute_score(reward_inputs) -> [{"overall": ..., more}]`. `response_length` is in words here."""
+    """`compute_score(reward_inputs) -> [{"overall": ..., more}]`. `response_length` is in tokens, or in words
+    where the texts come from elsewhere."""
     answers = function(reward_inputs=_easyr1_inputs(batch))
     values = numbers([_score(answer, "overall") for answer in answers], len(batch))
     return Judged(values=values, metrics=_mean_metrics(answers, "overall"))
@@ -140,13 +143,13 @@ def call_easyr1_each(function: Callable, batch: RewardBatch) -> Any:
 
 def call_openrlhf(function: Callable, batch: RewardBatch) -> Any:
     """`reward_func(queries, prompts, labels) -> {"rewards": [B], "extra_logs": {...}}`, or just the rewards."""
-    prompts = [prompt if isinstance(prompt, str) else str(prompt) for prompt in batch.prompts]
+    prompts = [prompt_text(prompt) for prompt in batch.prompts]
     queries = [prompt + _text(batch, row) for row, prompt in enumerate(prompts)]
     known = {"queries": queries, "prompts": prompts}
     parameters = inspect.signature(function).parameters
     if "labels" in parameters:
         known["labels"] = _column(batch, ("label", "labels", "ground_truth", "answer"))
-    answer = function(**known)
+    answer = function(**{name: value for name, value in known.items() if name in parameters})
     if not isinstance(answer, Mapping):
         return answer
     logs = {
@@ -201,10 +204,10 @@ def flow_factory_start(target: type, arguments: Mapping[str, Any], device: str) 
 def call_flow_factory(function: Any, batch: RewardBatch) -> Any:
     """`model(prompt=..., image=..., ...) -> RewardModelOutput(rewards, extra_info)`, with its `required_fields`."""
     images: Any = [pictures[0] for pictures in batch.pictures] if all(batch.pictures) else None
-    if images is not None and function.use_tensor_inputs:
+    if images is not None and getattr(function, "use_tensor_inputs", False):  # a marker, which bare classes lack
         images = list(picture_tensor(batch.pictures))
     available = {
-        "prompt": [prompt if isinstance(prompt, str) else str(prompt) for prompt in batch.prompts],
+        "prompt": [prompt_text(prompt) for prompt in batch.prompts],
         "image": images,
         "video": [list(pictures) for pictures in batch.pictures] if all(batch.pictures) else None,
         "condition_images": list(batch.columns["images"]) if "images" in batch.columns else None,

@@ -12,7 +12,7 @@ import random
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -81,7 +81,7 @@ class RemoteReward:
             scores = self._request("/compute", {"prompt": list(prompts), "image": pictures}).get("rewards")
         else:
             chosen = columns if self.columns is None else {name: columns[name] for name in self.columns}
-            body = {"prompts": list(prompts), "columns": chosen, "rewards": [self.name]}
+            body = {"prompts": list(prompts), "columns": sendable(chosen), "rewards": [self.name]}
             answer = self._request("/v1/score", {**body, **({"pictures": pictures} if pictures else {"texts": texts})})
             if answer.get("version") != self.version:
                 raise RemoteError(f"{self.base} was replaced by another version during the run; start the run again")
@@ -119,6 +119,19 @@ class RemoteReward:
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
         raise RemoteError(f"{self.base}{path} failed {self.retries + 1} times; last: {problem}")
+
+
+def sendable(columns: Mapping[str, Any]) -> Mapping[str, Any]:
+    """
+    Raises:
+        ValueError: for a column that JSON cannot carry.
+    """
+    for name, values in columns.items():
+        try:
+            json.dumps(values)
+        except TypeError as error:
+            raise ValueError(f"the column {name!r} cannot be sent ({error}); name those to send: columns") from error
+    return columns
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

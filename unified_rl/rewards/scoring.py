@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from unified_rl.types import Completion, Prompt, Scores
 
 POLL_SECONDS = 0.2
+TOKENS = "completion_ids"
+"""TRL's name for the token ids of texts, which rewards get as a column."""
 ENTRY_POINTS = "unified_rl.rewards"
 """The entry point group in which packages list their rewards."""
 REMOTE = "unified_rl.rewards.remote:RemoteReward"
@@ -254,6 +256,8 @@ class Scoring:
         if any(prompt.images for prompt in self._prompts):
             columns["images"] = [list(prompt.images) for prompt in prompts]
         completions = [self._completions[row] for row in rows]
+        if all(completion.tokens is not None for completion in completions):
+            columns[TOKENS] = [list(completion.tokens or ()) for completion in completions]
         for name in dict.fromkeys(name for completion in completions for name in completion.measured):
             columns[name] = [completion.measured.get(name) for completion in completions]
         return RewardBatch(
