@@ -1,7 +1,7 @@
 """Every preset takes an optimiser step on a real model of every family that it fits; where it does not, it is refused.
 
-That the reward then rises is tested on toys (tests/unit/test_objective_wiring.py, test_methods.py), and measured on the
-embedded world (docs/preset_table.md).
+That the reward then rises is tested on toys (tests/unit/test_objective_wiring.py, test_methods.py and
+test_reward_gradient.py, together of every preset), and measured on the embedded world (docs/preset_table.md).
 """
 
 import math

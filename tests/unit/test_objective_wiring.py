@@ -53,17 +53,21 @@ def fitting() -> list[tuple[str, str]]:
     """Every policy-gradient preset with every family that it fits."""
     tokens_only = {"gspo", "gspo_token", "luspo", "vespo", "trl_rloo"}
     gaussian_only = {"flow_grpo", "flow_grpo_fast", "mix_grpo", "grpo_guard", "flow_dppo"}
-    own_family = {"bicot_grpo", "uni_grpo"}  # no toy samples as they ask
-    gradients = [name for name in PRESETS if name not in METHOD_PRESETS and name not in own_family]
+    gradients = [name for name in PRESETS if name not in METHOD_PRESETS and name not in OWN_FAMILY]
     bandits = [(name, "tokens") for name in gradients if name not in gaussian_only]
+    bandits += [(name, "tokens") for name in OWN_FAMILY]
     return bandits + [(name, "gaussian") for name in gradients if name not in tokens_only]
+
+
+OWN_FAMILY = {"bicot_grpo": "image_tokens", "uni_grpo": "masked_diffusion"}
+"""Presets that set how one family samples, and that family; the toy has its tokens."""
 
 
 @pytest.mark.parametrize(("preset", "kind"), fitting())
 def test_every_preset_raises_the_reward_of_every_family_that_it_fits(tmp_path: Path, preset: str, kind: str):
     policy: Any = Bandit([0.0, 0.0, 0.0]) if kind == "tokens" else Walker([0.0, 0.0])
     before = policy.module.weight.detach().clone()
-    parts = build_parts(tmp_path, policy, objective={"preset": preset}, num_steps=16, epochs=2)
+    parts = build_parts(tmp_path, policy, OWN_FAMILY.get(preset), objective={"preset": preset}, num_steps=16, epochs=2)
     assert run_loop(parts, BEGIN, StopSignal()) == 0
     gain = (policy.module.weight.detach() - before).tolist()
     # Arm 0 gains on the others; the walk drifts upwards in both dims. A random direction would do so half the time,

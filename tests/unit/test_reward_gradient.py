@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import gradient
-from test_objective_wiring import BEGIN, rows_of
+from test_methods import IMAGE_PRESETS, TEXT_PRESETS, gradient
+from test_objective_wiring import BEGIN, fitting, rows_of
 from torch import Tensor
 from toys import Bandit, Walker, build_parts
 
@@ -16,6 +16,7 @@ from reward_models.digit_likeness import digit_likeness
 from unified_rl.errors import RecipeError
 from unified_rl.recipe.explain import plan
 from unified_rl.recipe.file import parse_recipe
+from unified_rl.recipe.presets import PRESETS
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.rewards.gradients import DifferentiableReward, load_differentiable
 from unified_rl.rewards.types import RewardError
@@ -59,6 +60,25 @@ def test_the_gradient_is_the_rewards(tmp_path: Path):
     (-3.0 * ends.sigmoid().mean()).backward()
     torch.testing.assert_close(got[0], drift.grad)
     torch.testing.assert_close(got[1], drift.grad)
+
+
+GRADIENT_PRESETS = ["draft", "draft_lv", "alignprop", "refl"]
+
+
+def test_no_preset_is_left_out_of_those_that_raise_the_reward():
+    """sft imitates whatever it is given, see test_recorded.py."""
+    known = {name for name, _ in fitting()} | {*TEXT_PRESETS, *IMAGE_PRESETS, *GRADIENT_PRESETS}
+    assert known | {"sft"} == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", GRADIENT_PRESETS)
+def test_every_preset_raises_the_reward(tmp_path: Path, preset: str):
+    parts = painter_parts(tmp_path, objective={"preset": preset}, num_steps=16)
+    assert run_loop(parts, BEGIN, StopSignal()) == 0
+    gain = parts.policy.module.weight.detach() - torch.tensor([0.3, 0.1])
+    assert float(gain.min()) > 0.1
+    rows = rows_of(parts)
+    assert rows[-1]["rewards/brightness/with_grad"] > rows[0]["rewards/brightness/with_grad"] + 0.03
 
 
 def test_margin_trains_only_what_is_below(tmp_path: Path):

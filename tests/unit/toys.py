@@ -164,11 +164,11 @@ def walked(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list
     return [float(text) for text in completions]
 
 
-def build_parts(folder: Path, policy: Any, **changes: Any) -> Parts:
-    """A run of a toy: `changes` are keys of the recipe."""
+def build_parts(folder: Path, policy: Any, family: str | None = None, **changes: Any) -> Parts:
+    """A run of a toy: `changes` are keys of the recipe, `family` what the recipe takes the toy for."""
     walks = isinstance(policy, Walker)
     raw: dict[str, Any] = {
-        "policy": {"model": "toy", "family": "diffusion" if walks else "causal_lm"},
+        "policy": {"model": "toy", "family": family or ("diffusion" if walks else "causal_lm")},
         "data": {"prompts": "toy:prompts"},
         "rewards": [{"name": "toy:reward"}],
         "num_steps": 4,
