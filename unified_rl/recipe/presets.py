@@ -108,7 +108,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dance_grpo": (
         "Xue et al. 2025, DanceGRPO, arXiv 2505.07818 (its sampler is not part of an objective)",
-        {"advantage": "group_std", "advantage_clip": 5.0, "clip_low": 1e-4, "clip_high": 1e-4},
+        {"advantage": "group_std", "std_eps": 1e-8, "advantage_clip": 5.0, "clip_low": 1e-4, "clip_high": 1e-4},
     ),
     "flow_grpo_fast": (
         "Liu et al. 2025, Flow-GRPO-Fast, arXiv 2505.05470 (public configurations)",
@@ -121,7 +121,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mix_grpo": (
         "Li et al. 2025, MixGRPO, arXiv 2507.21802",
-        {"advantage": "group_std", "advantage_clip": 5.0, "clip_low": 1e-4, "clip_high": 1e-4},
+        {"advantage": "group_std", "std_eps": 1e-8, "advantage_clip": 5.0, "clip_low": 1e-4, "clip_high": 1e-4},
     ),
     "bicot_grpo": (
         "Jiang et al. 2025, T2I-R1, arXiv 2505.00703 (a text first, then the picture; a mean over steps for each)",
