@@ -98,7 +98,7 @@ def main() -> None:
     for train in (None, ["."]):  # a tower that is trained is never remembered, and sees each of the duplicates
         block = PolicyBlock(model="-", family="causal_lm", sampling=sampling, train=train)
         policies.append(CausalLMPolicy(copy.deepcopy(model), make_processor(), block))
-        policies[-1]._end_ids = [VOCABULARY]  # beyond the vocabulary: no row ends, all decode equally many tokens
+        policies[-1]._words.ends = [VOCABULARY]  # beyond the vocabulary: no row ends, all decode equally many tokens
         policies[-1].module.generation_config.eos_token_id = [VOCABULARY]
     pairs = []
     for _ in range(arguments.rounds):

@@ -299,7 +299,7 @@ def test_special_tokens_are_never_sampled(quickstart: Path):
     tokens = torch.cat(segment.actions["tokens"])
     assert len(tokens.unique()) > 30
     assert policy.module.config.image_token_id not in tokens
-    end = policy._end_ids[0]
+    end = policy._words.ends[0]
     assert set(tokens.tolist()) & set(policy._tokenizer.all_special_ids) <= {end}
 
 

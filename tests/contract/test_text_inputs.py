@@ -32,7 +32,7 @@ def test_a_picture_token_is_never_sampled(name: str):
     policy = policy_of(name, temperature=1000.0)
     rows = policy._inputs.prepare_all(prompts((1,), 1), policy._settings[False])
     letters = set(policy._tokenizer(LETTERS, add_special_tokens=False)["input_ids"])
-    reserved = set(rows[0]["input_ids"].flatten().tolist()) - letters - set(policy._end_ids)
+    reserved = set(rows[0]["input_ids"].flatten().tolist()) - letters - set(policy._words.ends)
     assert reserved
     segment = policy.sample(prompts(mixture(FAMILIES[name]), group_size=20)).segments["text"]
     drawn = set(torch.cat(segment.actions["tokens"]).tolist())
@@ -103,3 +103,109 @@ def test_which_prompts_are_refused_is_known_beforehand():
             policy.check(long)
         with pytest.raises(RecipeError, match=r"policy\.sampling\.max_prompt_tokens: a prompt has \d+ tokens"):
             policy.sample([long])
+
+
+def chat(*contents: str | list, roles: str = "sua") -> list[dict]:
+    named = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": named[role], "content": content} for role, content in zip(roles, contents, strict=False)]
+
+
+LISTS_ONLY = (
+    "{% for message in messages %}[{{ message['role'] }}]{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% if not think %}.{% endif %}{% endif %}"
+)
+"""As SmolVLM's: it would drop a plain string, a letter at a time."""
+
+
+def seeing_inputs() -> TextInputs:
+    _, processor = FAMILIES["idefics3"].build()
+    processor.chat_template = LISTS_ONLY
+    return TextInputs(processor, pad_id=0)
+
+
+@pytest.mark.parametrize(
+    ("messages", "num_pictures", "expected"),
+    [
+        (chat("be brief", "what"), 0, "[system]be brief[user]what[assistant]."),
+        (chat("be brief", "what"), 2, "[system]be brief[user]<image><image>what[assistant]."),
+        (chat("s", [{"type": "text", "text": "a "}, {"type": "image"}]), 1, "[system]s[user]a <image>[assistant]."),
+        (chat("s", "what", "it is"), 1, "[system]s[user]<image>what[assistant]it is"),
+        (chat("what", "a dog", "where", roles="uau"), 1, "[user]<image>what[assistant]a dog[user]where[assistant]."),
+    ],
+)
+def test_chats_of_plain_texts_and_of_parts_are_rendered_alike(messages: list, num_pictures: int, expected: str):
+    """With a system prompt, several turns, pictures that no part stands for, a reply that is begun."""
+    prompt = Prompt(text=messages, images=(picture(0),) * num_pictures, columns={}, group_id=0, seed=0)
+    assert seeing_inputs().render(prompt, TextSampling()) == (expected, True)
+    assert "pixel_values" in seeing_inputs().prepare(prompt, TextSampling()) or not num_pictures
+
+
+def test_a_template_is_told_what_the_recipe_says():
+    prompt = asking(None)[0]
+    assert seeing_inputs().render(prompt, TextSampling(chat_template_arguments={"think": True}))[0].endswith("stant]")
+    with pytest.raises(
+        RecipeError, match=r"policy\.sampling\.chat_template_arguments\.thnik: the model's template has"
+    ):
+        seeing_inputs().render(prompt, TextSampling(chat_template_arguments={"thnik": True}))
+
+
+def test_a_chat_that_a_template_refuses_is_one_line():
+    inputs = seeing_inputs()
+    inputs.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RecipeError, match="data: the chat template refuses a prompt: roles must alternate"):
+        inputs.prepare(asking(None)[0], TextSampling())
+
+
+def test_pictures_for_a_model_without_eyes_are_refused():
+    with pytest.raises(RecipeError, match=r"data: a prompt has pictures, but .* takes texts only"):
+        policy_of("llama").sample(asking(picture(0)))
+
+
+def with_ends(**sampling: list[str]) -> CausalLMPolicy:
+    """Draws nearly uniformly; its generation config names one end token, its tokenizer another."""
+    model, words = FAMILIES["llama"].build()
+    words.add_special_tokens({"extra_special_tokens": ["<|turn|>", "<|channel|>"]})
+    model.generation_config.eos_token_id = words.convert_tokens_to_ids("a")
+    words.eos_token = "b"
+    block = PolicyBlock(
+        model="", family="causal_lm", sampling=TextSampling(max_new_tokens=40, temperature=1000.0, **sampling)
+    )
+    return CausalLMPolicy(model, words, block)
+
+
+def test_a_text_ends_with_any_end_token_and_special_tokens_are_drawn_where_the_recipe_says():
+    batch = [replace(asking(None)[0], seed=seed) for seed in range(40)]
+    ends, drawn = {}, {}
+    for name, keys in {
+        "plain": {},
+        "more": {"end_tokens": ["<|turn|>"], "special_tokens": ["<|channel|>"]},
+    }.items():
+        policy = with_ends(**keys)
+        trajectory = policy.sample(batch)
+        segment, words = trajectory.segments["text"], policy._tokenizer
+        rows = [words.convert_ids_to_tokens(row.tolist()) for row in segment.actions["tokens"]]
+        ends[name] = {row[-1] for row, each in zip(rows, trajectory.completions, strict=True) if not each.truncated}
+        drawn[name] = {token for row in rows for token in row}
+        with torch.no_grad():
+            gap = policy.log_prob("text", segment, slice(None)).log_probs - segment.rollout_log_probs
+        assert gap.abs().max() <= 1e-4
+        told = [each.text for each in trajectory.completions]
+        assert any("<|channel|>" in text for text in told) == (name == "more")
+        assert not any("<|turn|>" in text for text in told)
+    assert ends == {"plain": {"a", "b"}, "more": {"a", "b", "<|turn|>"}}
+    assert drawn["more"] - drawn["plain"] == {"<|turn|>", "<|channel|>"}
+
+
+def test_tokens_that_a_recipe_misnames_are_refused():
+    with pytest.raises(
+        RecipeError, match=r"policy\.sampling\.end_tokens: '<\|trun\|>' is no token.*did you mean '<\|turn"
+    ):
+        with_ends(end_tokens=["<|trun|>"])
+    model, processor = FAMILIES["idefics3"].build()
+    block = PolicyBlock(model="", family="causal_lm", sampling=TextSampling(special_tokens=["<image>"]))
+    with pytest.raises(RecipeError, match=r"policy\.sampling\.special_tokens: <image> stands for pictures"):
+        CausalLMPolicy(model, processor, block)
+    with pytest.raises(RecipeError, match=r"evaluation\.sampling\.end_tokens: must be as under policy\.sampling"):
+        block = PolicyBlock(model="", family="causal_lm", sampling=TextSampling())
+        CausalLMPolicy(model, processor, block, evaluation=TextSampling(end_tokens=["a"]))

@@ -1,8 +1,6 @@
 """The policy head of a language model: its logits processors, drawing from them and scoring under them."""
 
-import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +14,6 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from unified_rl.recipe.policy import TokenSampling
 from unified_rl.transitions import categorical
@@ -37,18 +34,6 @@ def processors(settings: TokenSampling, suppressed: Sequence[int], device: torch
     if settings.min_p is not None:
         chain.append(MinPLogitsWarper(settings.min_p))
     return chain
-
-
-def suppressed_ids(model: Any, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> list[int]:
-    """Tokens that are never sampled: special and image tokens (a sampled image token breaks the next forward), and ids
-    beyond the tokenizer's vocabulary that padding of the embedding created."""
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special |= set(tokenizer.all_special_ids)
-    named = model.config.to_dict()
-    special |= {value for key, value in named.items() if re.search(r"(image|video|vision).*token_(id|index)$", key)}
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    beyond = range(len(tokenizer), vocabulary)
-    return sorted((special | set(beyond)) - set(end_ids) - {None})
 
 
 def draw(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

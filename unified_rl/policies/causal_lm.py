@@ -26,7 +26,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from unified_rl.errors import RecipeError
 from unified_rl.policies.attention import load_with_attention
-from unified_rl.policies.categorical_head import CategoricalHead, processors, score, suppressed_ids
+from unified_rl.policies.categorical_head import CategoricalHead, processors, score
 from unified_rl.policies.frozen_tower import find_towers, remember
 from unified_rl.policies.generators import loader_of
 from unified_rl.policies.hidden_states import catching, of_completions
@@ -39,6 +39,7 @@ from unified_rl.policies.shared_prefill import SharedPrefill, can_share_prefill
 from unified_rl.policies.teacher_forcing import can_share, plain_logits, shared_logits
 from unified_rl.policies.text_inputs import Inputs, TextInputs, distinct, kinds, recorded_tokens, told_tokens
 from unified_rl.policies.without_videos import load_processor
+from unified_rl.policies.words import Words
 from unified_rl.protocols import Probe
 from unified_rl.recipe.policy import PolicyBlock, TextSampling
 from unified_rl.types import Completion, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
@@ -83,13 +84,15 @@ class CausalLMPolicy:
         self._settings = {False: block.sampling, True: evaluation or block.sampling}
         self._entropy_gradient = entropy_gradient
         self._shipped_generation_config = model.generation_config
-        self._end_ids = _end_ids(model.generation_config, self._tokenizer)
+        for key in ("end_tokens", "special_tokens"):
+            if evaluation is not None and getattr(evaluation, key) != getattr(block.sampling, key):
+                raise RecipeError(f"evaluation.sampling.{key}: must be as under policy.sampling; leave it out")
+        self._words = Words(model, self._tokenizer, block.sampling)
         pad_id = self._tokenizer.pad_token_id
-        self._inputs = TextInputs(processor, pad_id if pad_id is not None else self._end_ids[0])
-        self._suppressed = suppressed_ids(model, self._tokenizer, self._end_ids)
+        self._inputs = TextInputs(processor, pad_id if pad_id is not None else self._words.ends[0])
         # generate() fills what a call leaves open from the model's own generation config (repetition penalties,
         # top-k...): those would change the distribution behind the recipe's back.
-        model.generation_config = GenerationConfig(eos_token_id=self._end_ids, pad_token_id=self._inputs.pad_id)
+        model.generation_config = GenerationConfig(eos_token_id=self._words.ends, pad_token_id=self._inputs.pad_id)
         self.module: Any = model
         self._reference = make_trained(model, block, with_reference=with_reference)
         self._checkpointing = block.memory.gradient_checkpointing
@@ -151,7 +154,7 @@ class CausalLMPolicy:
             drawn, drawn_log_probs = generate([every[row] for row in kind], draws[kind], settings)
             if kind[0] < len(inputs):  # else it was drawn for another process's sake
                 tokens[kind, : drawn.shape[1]], log_probs[kind, : drawn.shape[1]] = drawn, drawn_log_probs
-        lengths = self._lengths(tokens)
+        lengths = self._words.lengths(tokens)
         rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         known = [row[:length] for row, length in zip(log_probs, lengths, strict=True)]
         return self._trajectory(prompts, inputs, rows, known)
@@ -166,7 +169,7 @@ class CausalLMPolicy:
         Raises:
             RecipeError: if a text is longer than max_new_tokens.
         """
-        rows = [recorded_tokens(each, self._tokenizer, self._end_ids[0]) for each in recorded]
+        rows = [recorded_tokens(each, self._tokenizer, self._words.ends[0]) for each in recorded]
         longest, limit = max(len(row) for row in rows), self.max_steps[SEGMENT]
         if longest > limit:
             raise RecipeError(f"data.rollouts: a text has {longest} tokens, policy.sampling.max_new_tokens is {limit}")
@@ -192,7 +195,7 @@ class CausalLMPolicy:
             turn_ids=torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64),
             context_tokens=torch.tensor([row["input_ids"].shape[1] for row in inputs]),
         )
-        texts = [str(self._tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+        texts = [self._words.text(row) for row in rows]
         return Trajectory(
             group_ids=torch.tensor([prompt.group_id for prompt in prompts]),
             segments={SEGMENT: segment},
@@ -201,7 +204,7 @@ class CausalLMPolicy:
                     text=text.strip(),
                     images=(),
                     tokens=tuple(row.tolist()),
-                    truncated=int(row[-1]) not in self._end_ids,
+                    truncated=int(row[-1]) not in self._words.ends,
                 )
                 for text, row in zip(texts, rows, strict=True)
             ],
@@ -211,7 +214,7 @@ class CausalLMPolicy:
     def _generate_shared(self, rows: list[Inputs], uniforms: Tensor, settings: TextSampling) -> tuple[Tensor, Tensor]:
         """Tokens and log-probs [N, S] of rows of one kind, each distinct prompt prefilled once."""
         unique, owner = distinct(rows)
-        decode = SharedPrefill(self._chain(settings), uniforms, owner, self._end_ids, self._inputs.pad_id)
+        decode = SharedPrefill(self._chain(settings), uniforms, owner, self._words.ends, self._inputs.pad_id)
         config = GenerationConfig(do_sample=False, max_new_tokens=settings.max_new_tokens)
         with torch.no_grad():
             self._active.generate(
@@ -365,21 +368,8 @@ class CausalLMPolicy:
         return logits, states
 
     def _chain(self, settings: TextSampling) -> LogitsProcessorList:
-        return processors(settings, self._suppressed, self._device)
+        return processors(settings, self._words.suppressed, self._device)
 
     @property
     def _device(self) -> torch.device:
         return next(self._active.parameters()).device
-
-    def _lengths(self, tokens: Tensor) -> list[int]:
-        """Decisions of each row: up to and including its first end token."""
-        ended = torch.isin(tokens, torch.tensor(self._end_ids))
-        first = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])
-        return first.tolist()
-
-
-def _end_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    given = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
-    if given is None:
-        raise RecipeError("policy.model: neither its generation config nor its tokenizer names an end token")
-    return [int(given)] if isinstance(given, int) else [int(token) for token in given]

@@ -80,7 +80,7 @@ class ImageTokensPolicy(CausalLMPolicy):
             entropy_gradient=entropy_gradient,
         )
         family = training.family
-        self._suppressed = sorted({*self._suppressed, *family.vocabulary})
+        self._words.suppressed = sorted({*self._words.suppressed, *family.vocabulary})
         thinks = block.sampling.think is not None
         needs_words = thinks or len(family.vocabulary) > 0  # a loss reaches the language model's head
         for name, parameter in model.named_parameters():

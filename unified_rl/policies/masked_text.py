@@ -18,12 +18,13 @@ from transformers import DiffusionGemmaForBlockDiffusion, LogitsProcessorList
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.policies.block_denoisers import BlockDenoiser, CanvasBlocks, MaskedBlocks
 from unified_rl.policies.block_head import BlockTape, State
-from unified_rl.policies.categorical_head import processors, score, suppressed_ids
+from unified_rl.policies.categorical_head import processors, score
 from unified_rl.policies.lora import make_trained, reference_of, restore_model
 from unified_rl.policies.masked_text_model import load_model
 from unified_rl.policies.probing import float32_probes
 from unified_rl.policies.savings import recomputing
 from unified_rl.policies.text_inputs import TextInputs
+from unified_rl.policies.words import suppressed_ids
 from unified_rl.protocols import Probe
 from unified_rl.recipe.policy import MaskedTextSampling, PolicyBlock
 from unified_rl.transitions import unmask

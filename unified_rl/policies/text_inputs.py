@@ -6,15 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from unified_rl.data.sources import MAX_SIDE
 from unified_rl.errors import RecipeError
+from unified_rl.imports import one_line
 from unified_rl.policies.without_videos import WithoutVideos
 from unified_rl.recipe.policy import TokenSampling
-from unified_rl.types import Completion, Prompt, Recorded, Segment
+from unified_rl.types import Completion, Messages, Prompt, Recorded, Segment
 
 Inputs = dict[str, Tensor]
 """One prompt as its processor returns it: every tensor has the leading dimension that it has for a batch of one."""
@@ -55,6 +57,8 @@ class TextInputs:
             RecipeError: if the prompt is too long, a picture is unreadable or too large, or the model's processor
                 refuses the combination of text and pictures.
         """
+        if prompt.images and self.processor is self.tokenizer:
+            raise RecipeError(f"data: a prompt has pictures, but {type(self.processor).__name__} takes texts only")
         text, templated = self.render(prompt, settings)
         media: dict[str, Any] = {"images": [[_loaded(image) for image in prompt.images]]} if prompt.images else {}
         videos = _videos(prompt)
@@ -81,19 +85,47 @@ class TextInputs:
         return {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels"}
 
     def render(self, prompt: Prompt, settings: TokenSampling) -> tuple[str, bool]:
-        """The prompt as one string, and whether a chat template (which brings its special tokens) made it."""
-        if not settings.chat_template or not self.processor.chat_template:
-            if not isinstance(prompt.text, str):
-                raise RecipeError("policy.sampling.chat_template: chat messages need a model with a chat template")
+        """The prompt as one string, and whether a chat template (which brings its special tokens) made it.
+
+        Raises:
+            RecipeError: if there is no template for chat messages, it refuses them, or it does not know an argument.
+        """
+        template, arguments = self.processor.chat_template, settings.chat_template_arguments
+        if not settings.chat_template or not template:
+            if not isinstance(prompt.text, str) or arguments:
+                key = "chat_template_arguments" if arguments else "chat_template"
+                raise RecipeError(f"policy.sampling.{key}: chat messages need a model with a chat template")
             return prompt.text, False
-        messages = prompt.text
-        if isinstance(messages, str):
-            seen = [*({"type": "image"} for _ in prompt.images), *({"type": "video"} for _ in _videos(prompt))]
-            content: Any = [*seen, {"type": "text", "text": messages}] if seen else messages
-            if not seen and self.processor is not self.tokenizer:
-                content = [{"type": "text", "text": messages}]
-            messages = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), True
+        for name in arguments:
+            if name not in str(template):
+                raise RecipeError(f"policy.sampling.chat_template_arguments.{name}: the model's template has no {name}")
+        messages = self._messages(prompt)
+        goes_on = messages[-1]["role"] == "assistant"
+        try:
+            text = self.processor.apply_chat_template(
+                messages,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
+                tokenize=False,
+                **arguments,
+            )
+        except (TemplateError, ValueError) as error:  # of templates, and of transformers about them
+            raise RecipeError(f"data: the chat template refuses a prompt: {one_line(error)}") from error
+        return text, True
+
+    def _messages(self, prompt: Prompt) -> Messages:
+        """The prompt as a chat. For a processor every content is a list of parts, which all templates of models with
+        pictures take (some drop a plain string); pictures that no part stands for come first of the first question."""
+        messages = prompt.text if isinstance(prompt.text, list) else [{"role": "user", "content": prompt.text}]
+        if self.processor is self.tokenizer:
+            return messages
+        parts = [{**message, "content": _parts(message["content"])} for message in messages]
+        shown = [part for message in parts for part in message["content"] if part["type"] in ("image", "video")]
+        media = [*({"type": "image"} for _ in prompt.images), *({"type": "video"} for _ in _videos(prompt))]
+        if media and not shown:
+            asking = next((message for message in parts if message["role"] == "user"), parts[0])
+            asking["content"] = [*media, *asking["content"]]
+        return parts
 
     def collate(self, rows: Sequence[Inputs], device: torch.device) -> Inputs:
         """Join rows of one kind: token columns are padded on the left, everything else is joined along dimension 0."""
@@ -120,6 +152,10 @@ def rewritten(prompt: Prompt, template: str, key: str, **texts: str | None) -> P
     if not isinstance(prompt.text, str):
         raise RecipeError(f"{key}: prompts must be plain texts, not chat messages")
     return replace(prompt, text=template.format(prompt=prompt.text, **texts))
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else [*content]
 
 
 def _videos(prompt: Prompt) -> list[list[Any]]:

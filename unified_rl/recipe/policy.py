@@ -94,6 +94,8 @@ class TokenSampling(Block):
     min_p: float | None = Field(default=None, ge=0, le=1)
     chat_template: bool = True
     """Render prompts with the processor's chat template."""
+    chat_template_arguments: dict[str, Any] = {}
+    """What the template is told beside the messages, for instance enable_thinking: false (Qwen3), or tools."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longer prompts are refused (never cut: a cut inside an image breaks the model)."""
 
@@ -102,6 +104,12 @@ class TextSampling(TokenSampling):
     """The behaviour policy of a transformers generator."""
 
     max_new_tokens: int = Field(default=64, ge=1)
+    end_tokens: list[str] = []
+    """Tokens that end a text beside those that the model's generation config and its tokenizer name, for instance
+    <|im_end|> of a base model that is asked with a chat template."""
+    special_tokens: list[str] = []
+    """Special tokens that may be drawn, and that rewards see in the text (gpt-oss's <|channel|>, Magistral's [THINK]).
+    All others but ends are never drawn: a drawn picture token would break the next forward."""
 
 
 class Think(TextSampling):
