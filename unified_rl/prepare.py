@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unified_rl.advantages import batch_advantages, gdpo_advantages, group_advantages, pass_k_advantages
 from unified_rl.batching import spans
+from unified_rl.data.prompts import stable
 from unified_rl.engine import distributed
 from unified_rl.memory import Memory
 from unified_rl.objectives import kl as divergence
@@ -186,11 +188,17 @@ def advantages_of(
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """A name of what a prompt asks, the same in every rollout and process (text and pictures, not seeds)."""
-    digest = hashlib.sha256(json.dumps(prompt.text, sort_keys=True, default=str).encode())
-    for image in prompt.images:
-        digest.update(image.tobytes())
-    return digest.hexdigest()[:16]
+    """A name of what a prompt asks, the same in every rollout and process: its text, pictures and columns (a mask, the
+    frames of a video), not its seed."""
+    asked = [prompt.text, list(prompt.images), dict(prompt.columns)]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=_content).encode()).hexdigest()[:16]
+
+
+def _content(value: object) -> str:
+    """What JSON does not know, as text that only depends on it."""
+    if isinstance(value, Image.Image):
+        return hashlib.sha256(f"{value.mode} {value.size}".encode() + value.tobytes()).hexdigest()
+    return stable(value)
 
 
 @torch.no_grad()

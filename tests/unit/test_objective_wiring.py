@@ -11,17 +11,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from toys import Bandit, Walker, again, build_parts
 
 from unified_rl.advantages import group_advantages
 from unified_rl.errors import RecipeError
 from unified_rl.metrics import StepMetrics
 from unified_rl.objectives.policy_gradient import LOSSES
+from unified_rl.prepare import prompt_key
 from unified_rl.recipe.method_presets import METHOD_PRESETS
 from unified_rl.recipe.objective_rules import GAUSSIAN_LOSSES, LOSS_NAMES
 from unified_rl.recipe.presets import PRESETS
 from unified_rl.run_folder.tracking import read_jsonl
 from unified_rl.train import Position, StopSignal, collect, plan_update, run_loop, start
+from unified_rl.types import Prompt
 from unified_rl.update import window_loss
 
 BEGIN = Position(step=0, rollout=0)
@@ -191,6 +194,18 @@ def test_kl_in_the_reward_is_taken_off_before_advantages(tmp_path: Path):
     )
     torch.testing.assert_close(prepared.advantages, expected)
     assert row["kl"] == pytest.approx(float(per_token[tokens].mean())) and penalty.abs().max() > 0.1
+
+
+def test_what_a_prompt_asks_is_told_apart_by_its_masks_too():
+    """Running statistics of prompts: two edits of one picture in the same words are two prompts, whenever they come."""
+    picture, mask = Image.new("RGB", (4, 4), "red"), Image.new("L", (4, 4), 255)
+
+    def key(seed: int = 0, **columns: Any) -> str:
+        return prompt_key(Prompt(text="a cat", images=(picture.copy(),), columns=columns, group_id=seed, seed=seed))
+
+    assert key(mask_image=mask) == key(7, mask_image=mask.copy())
+    others = [key(), key(mask_image=Image.new("L", (4, 4), 0)), key(video=[mask]), key(strength=0.3)]
+    assert len({key(mask_image=mask), *others}) == 5
 
 
 @pytest.mark.parametrize(
