@@ -6,6 +6,7 @@ SIGTERM (after saving, if there was anything to save). Nothing heavy is imported
 """
 
 import argparse
+import atexit
 import os
 import sys
 import traceback
@@ -364,5 +365,18 @@ COMMANDS = {
 }
 
 
+def run() -> NoReturn:
+    """The program: one command, then the end."""
+    code = main()
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    # Python would take apart all that torch, transformers and diffusers have loaded: that takes seconds, which a
+    # scheduler may not grant after SIGTERM, and hangs where a library's threads do. All is written and closed by now.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

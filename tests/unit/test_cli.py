@@ -182,3 +182,18 @@ def test_interrupt_ends_quietly(folder):
     code += "cli.COMMANDS['list'] = stop\nraise SystemExit(cli.main(['list', 'rewards']))"
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
     assert result.returncode == 130 and result.stderr == "interrupted\n"
+
+
+def test_the_program_ends_without_taking_libraries_apart(folder):
+    """Where torch was loaded; what was registered for the end is done, and what was said arrives."""
+    code = (
+        "import atexit, sys, types\nimport unified_rl.cli as cli\n"
+        "class Library(types.ModuleType):\n    def __del__(self): print('taken apart')\n"
+        "atexit.register(lambda: print('closed'))\n"
+        "cli.COMMANDS['list'] = lambda arguments: 3\n"
+        "sys.argv[1:] = ['list', 'rewards']\n{}cli.run()"
+    )
+    for loads, said in (("sys.modules['torch'] = Library('torch')\n", "closed\n"), ("", "closed\n")):
+        command = [sys.executable, "-c", code.format(loads)]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+        assert (result.returncode, result.stdout) == (3, said), result.stderr
