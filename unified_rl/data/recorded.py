@@ -110,6 +110,11 @@ def check_recorded(recipe: Recipe, groups: Sequence[RecordedGroup]) -> None:
             " objective.method sft or dpo, or record them"
         )
     sample, family = groups[0].samples[0], recipe.policy.family
+    if sample.reward is not None and any(each.advantage == "gdpo" for each in recipe.objective.values()):
+        raise RecipeError(
+            "data.rollouts: tells one reward a sample, and objective.advantage: gdpo normalises each reward by itself;"
+            " use group_std, or leave the rewards out of the file and have the recipe's judge the samples"
+        )
     if (sample.picture is not None) != (family == "diffusion"):
         held = "pictures" if sample.picture is not None else "texts"
         raise RecipeError(f"data.rollouts: holds {held}, which {family} policies do not make")
