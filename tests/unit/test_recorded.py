@@ -206,7 +206,7 @@ def test_samples_that_lack_what_the_objective_needs_are_refused(tmp_path: Path):
         reader_parts(tmp_path, rows, group_size=2)
     told = [{**row, "token_ids": [0], "log_probs": [-0.7]} for row in rows]
     with pytest.raises(RecipeError, match=r"data\.rollouts: tells one reward a sample.*; use group_std"):
-        reader_parts(tmp_path, told, group_size=2, objective={"preset": "gdpo"})
+        reader_parts(tmp_path / "c", told, group_size=2, objective={"preset": "gdpo"})
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     pictures = [{"prompt": "a", "image": "a.png", "reward": 0.0}] * 2
     with pytest.raises(RecipeError, match=r"data\.rollouts: holds pictures"):
