@@ -1,7 +1,8 @@
 """Why a run does not learn: what the metrics of its steps say, as warnings for events.jsonl."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from unified_rl.engine import distributed
 from unified_rl.recipe.schema import Recipe
@@ -46,6 +47,12 @@ class Health:
         self._first_entropy: float | None = None
         self._told: set[str] = set()
         self._stragglers = Stragglers(recipe.engine.straggler_factor, distributed.world_size())
+
+    def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Know what the rows of a resumed run's metrics.jsonl said, so that it is warned as if it had not stopped."""
+        for row in rows:
+            known = {key: value for key, value in row.items() if value is not None}
+            self.observe(known, new_rollout=known.get("time/rollout", 0.0) > 0.0)
 
     def observe(self, row: Mapping[str, float], *, new_rollout: bool) -> list[str]:
         """The warnings that a row adds.

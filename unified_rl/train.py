@@ -304,6 +304,7 @@ def start(parts: Parts, resume_from: str, allow: Sequence[str] = ()) -> Position
     position = resume(parts, resume_from, allow)
     begins = position == Position(step=0, rollout=0)
     parts.run.truncate(-1 if begins else position.step)
+    parts.health.recall([] if begins else read_jsonl(parts.run.path / "metrics.jsonl"))
     parts.run.write_recipe(parts.recipe)
     parts.run.follow(parts.recipe, position.step, parts.console.log)
     if parts.recorder is not None and distributed.is_main():

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from toys import Bandit, Walker, build_parts
+from toys import Bandit, Walker, again, build_parts
 
 from unified_rl.health import PATIENCE, Health
 from unified_rl.run_folder.tracking import read_jsonl
 from unified_rl.stragglers import Stragglers
-from unified_rl.train import Position, StopSignal, run_loop
+from unified_rl.train import Position, StopSignal, run_loop, start
 
 GOOD = {
     "frac_reward_zero_std": 0.2,
@@ -119,6 +119,25 @@ def test_warnings_reach_the_events_of_a_run(tmp_path):
     (event,) = read_jsonl(parts.run.path / "events.jsonl")
     assert event["level"] == "warning"
     assert event["message"].startswith(f"step {PATIENCE}: all rewards of each group were equal in {PATIENCE} rollouts")
+
+
+def test_a_resumed_run_is_warned_as_if_it_had_not_stopped(tmp_path):
+    """Interrupted after three of the five rollouts that are needed; the entropy is compared with the run's first."""
+    policy = Bandit([60.0, 0.0])
+    parts = build_parts(tmp_path, policy, num_steps=PATIENCE + 1, checkpoint={"every": 1, "keep": 9})
+    run_loop(parts, Position(step=0, rollout=0), StopSignal())
+    (parts.run.path / "events.jsonl").unlink()
+    resumed = again(parts, tmp_path, Bandit([60.0, 0.0]))
+    at = start(resumed, str(parts.run.path / "checkpoints/step_000003"))
+    assert at.step == 3
+    run_loop(resumed, at, StopSignal())
+    said = [row["message"] for row in read_jsonl(parts.run.path / "events.jsonl")]
+    (warning,) = [message for message in said if "all rewards" in message]
+    assert warning.startswith(f"step {PATIENCE}: all rewards of each group were equal")
+    watch = health(tmp_path / "b")
+    watch.recall([{**GOOD, "time/rollout": 1.0, "kl": None}, {**GOOD, "entropy": 0.5, "time/rollout": 0.0}])
+    (collapsed,) = watch.observe({**GOOD, "entropy": 0.19}, new_rollout=True)
+    assert collapsed.startswith("entropy collapsed from 2 to 0.19")
 
 
 def test_a_straggler_is_named_once_until_it_kept_up():

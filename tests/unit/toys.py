@@ -220,4 +220,5 @@ def again(parts: Parts, folder: Path, policy: Any) -> Parts:
         snapshots=Snapshots(engine, parts.recipe.all_snapshots),
         run=RunFolder(folder / "run"),
         memory=Memory(parts.recipe),
+        health=Health(parts.recipe),
     )
