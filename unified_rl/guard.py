@@ -6,15 +6,20 @@ These numbers cost nothing, so they are always taken (`stats/*` in eval.jsonl); 
 report.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from unified_rl.recipe.guard import Guard
-from unified_rl.types import Completion
+
+if TYPE_CHECKING:  # torch, which the report, in need of the names below, does not load
+    from unified_rl.types import Completion
 
 SIDE = 64
 """Pictures are compared at this size at most."""

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unified_rl.errors import RecipeError
 from unified_rl.recipe.file import load_recipe
-from unified_rl.report.charts import Series, line_chart, ticks
+from unified_rl.report.charts import Series, line_chart, tick_labels, ticks
 from unified_rl.report.compare import flat, group_runs, read_run, write_comparison
 from unified_rl.report.page import write_report
 from unified_rl.run_folder.tracking import RunFolder
@@ -98,12 +98,47 @@ def test_report_shows_numbers_curves_pictures(tmp_path):
     page = _Page(text)
     assert "30 of 60 optimiser steps, 3,840 samples" in text
     assert "0.400 &rarr;</span> 0.850" in text and "+0.450" in text  # the base's and the newest held-out reward
+    assert "shapes_graded, held out</div>" in text and "shapes_strict, held out, not trained on</div>" in text
     assert text.count("<figure>") >= 12
     assert page.tags.count("img") == 2 * 8 + 4 + 4
     assert 'class="pixel"' in text
     assert "3 samples were excluded" in text
     assert "Always zero in this run: KL from the reference" in text
     assert 'class="band s0"' in text
+
+
+def test_warnings_stand_at_the_top_and_statistics_are_drawn(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert 'class="alarm"' not in write_report(run.path).read_text(encoding="utf-8")
+    run.log_event("info", "resumed")
+    run.log_event("warning", "step 10: the share of edges went from 0.1 to 0.6")
+    run.log_event("error", "Traceback (most recent call last):\n  File x\nValueError: no such word")
+    for step, edges in ((0, 0.1), (10, 0.6)):
+        run.log_evaluation({"step": step, "reward": 0.5, "stats/edges": edges, "num_samples": 4})
+    text = write_report(run.path).read_text(encoding="utf-8")
+    before = text.split("<h2>Held-out prompts")[0]
+    assert "ValueError: no such word" in before and "error and 1 more: events" in before and "resumed" not in before
+    looks = text.split("<h2>What samples look like</h2>")[1].split("</section>")[0]
+    assert looks.count("<figure>") == 1 and "<h3>The share of edges</h3>" in looks
+
+
+def test_samples_of_training_lack_held_out_rewards(tmp_path):
+    """Without an exam those of the rollout are kept, and rewards that are only held out were not asked."""
+    recipe = "num_steps: 60\nrewards:\n- {name: judge, weight: 0.0}\n- {name: 'mine.py:shapes_graded', weight: -1.0}\n"
+    run = make_run(tmp_path / "run")
+    (run.path / "recipe.yaml").write_text(recipe)
+    text = write_report(run.path).read_text(encoding="utf-8")
+    best = text.split("<h3>Best of step 30</h3>")[1].split("<h3>")[0]
+    assert "a red square 0" in best and "a red square 7" not in best, "by the weights of their names"
+
+
+def test_labels_beside_an_axis_are_short():
+    assert tick_labels([0.0, 0.5, 1.0]) == (["0", "0.5", "1"], "")
+    labels, unit = tick_labels([0.0076215, 0.0076220, 0.0076225])
+    assert (labels, unit) == (["7.6215", "7.622", "7.6225"], "\u00d7 1e-3")
+    flat = line_chart([Series(label="ratio", points=[(1.0, 1.0), (2.0, 1.0 - 6e-7)])])
+    heights = [float(part.split()[1]) for part in flat.split('class="line s0" d="M')[1].split('"')[0].split("L")]
+    assert abs(heights[0] - heights[1]) < 0.2, "rounding is no movement"
 
 
 def test_what_a_rollout_measures_once_is_one_line(tmp_path):
@@ -123,7 +158,8 @@ def test_report_asks_for_nothing_and_runs_nothing(tmp_path):
     text = write_report(run.path).read_text(encoding="utf-8")
     page = _Page(text)
     assert "script" not in page.tags and not page.handlers
-    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    asked = [address for address in page.addresses if address != "#events"]
+    assert asked and all(address.startswith("data:image/png;base64,") for address in asked)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "default-src &#x27;none&#x27;" in text or "default-src 'none'" in text
 

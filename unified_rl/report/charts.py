@@ -10,6 +10,10 @@ Point = tuple[float, float | None]
 
 WIDTH, HEIGHT = 380, 190
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 24
+LEAST_SPREAD = 1e-3
+"""Of an axis, relative to its values: a ratio that leaves 1 by rounding is drawn as the flat line that it is."""
+LONGEST_LABEL = 7
+"""Characters that fit beside the axis."""
 MAX_POINTS = 300
 NUM_COLOURS = 8
 
@@ -63,6 +67,23 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def tick_labels(marks: Sequence[float]) -> tuple[list[str], str]:
+    """Short labels that differ, and the power of ten that they count in ("": ones)."""
+    labels = _distinct(marks)
+    largest = max((abs(value) for value in marks), default=0.0)
+    if max(map(len, labels), default=0) <= LONGEST_LABEL or largest == 0.0:
+        return labels, ""
+    exponent = math.floor(math.log10(largest))
+    return _distinct([value / 10.0**exponent for value in marks]), f"\u00d7 1e{exponent}" if exponent else ""
+
+
+def _distinct(marks: Sequence[float]) -> list[str]:
+    digits = 4
+    while digits < 12 and len({f"{value:.{digits}g}" for value in marks}) < len(marks):
+        digits += 1
+    return [f"{value:.{digits}g}" for value in marks]
+
+
 def _thin(one: Series) -> Series:
     if len(one.points) <= MAX_POINTS:
         return one
@@ -95,6 +116,9 @@ def _axes(series: Sequence[Series]) -> _Axes:
         raise ValueError("nothing to draw")
     ys += [edge for one in series for _, *edges in _band_points(one) for edge in edges]
     low, high = min(ys), max(ys)
+    missing = LEAST_SPREAD * max(abs(low), abs(high)) - (high - low)
+    if missing > 0 and high > low:
+        low, high = low - missing / 2, high + missing / 2
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     x_low, x_high = min(xs), max(xs)
     # values that cannot be negative should not get an axis that is
@@ -105,13 +129,13 @@ def _axes(series: Sequence[Series]) -> _Axes:
 def _grid(axes: _Axes, x_label: str) -> list[str]:
     lines = []
     marks = ticks(axes.y_low, axes.y_high)
-    digits = 4
-    while digits < 12 and len({f"{value:.{digits}g}" for value in marks}) < len(marks):
-        digits += 1  # a curve that hardly leaves 1 needs more than "1" at every line
-    for value in marks:
+    labels, unit = tick_labels(marks)
+    for value, label in zip(marks, labels, strict=True):
         y = axes.y(value)
         lines.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        lines.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{value:.{digits}g}</text>')
+        lines.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
+    if unit:
+        lines.append(f'<text class="tick" x="{LEFT}" y="{TOP - 1}">{unit}</text>')
     for value in ticks(axes.x_low, axes.x_high, 5):
         if value == int(value):
             y = HEIGHT - BOTTOM + 15

@@ -41,8 +41,9 @@ def text(value: object) -> str:
     return html.escape(clean(str(value)), quote=True)
 
 
-def section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>\n{body}\n</section>"
+def section(title: str, body: str, *, anchor: str = "") -> str:
+    place = f' id="{anchor}"' if anchor else ""
+    return f"<section{place}><h2>{title}</h2>\n{body}\n</section>"
 
 
 def note(text: str) -> str:

@@ -1,13 +1,15 @@
 """A run as one static page: what got better, by how much, and what it looks like; no script, nothing from elsewhere."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
 from unified_rl.errors import RecipeError
+from unified_rl.guard import MEANINGS
 from unified_rl.plain_text import redact
+from unified_rl.recipe.reward import RewardBlock
 from unified_rl.report import elements as el
 from unified_rl.report.charts import NUM_COLOURS, Point, Series
 from unified_rl.report.elements import Row
@@ -31,13 +33,18 @@ TRAINING_CHARTS = (
     ),
     ("Gradient norm", ("grad_norm",), "Before clipping."),
     ("Groups without signal", ("frac_reward_zero_std",), "Share of prompts whose samples all got the same reward."),
-    ("Seconds", ("time/rollout", "time/reward", "time/update"), "A rollout serves all of its updates."),
+    (
+        "Seconds",
+        ("time/rollout", "time/reward_work", "time/reward", "time/update"),
+        "Rewards work while more is sampled (time/reward_work); time/reward is what is waited for after it. A rollout "
+        "serves all of its updates.",
+    ),
     ("Learning rate", ("lr",), ""),
     ("Samples a second", ("samples_per_second",), ""),
     ("Peak memory, MiB", ("memory/peak_mib",), ""),
 )
 """(title, keys of metrics.jsonl, what it tells)."""
-ONCE_A_ROLLOUT = ("replay_gap", "time/rollout", "time/reward", "samples_per_second")
+ONCE_A_ROLLOUT = ("replay_gap", "time/rollout", "time/reward_work", "time/reward", "samples_per_second")
 """Keys that only the first update of a rollout measures."""
 
 
@@ -57,13 +64,15 @@ def write_report(run: Path) -> Path:
     recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8") if (run / "recipe.yaml").is_file() else ""
     recipe = yaml.safe_load(recipe_text) or {}
     name = run.resolve().name
+    events = read_jsonl(run / "events.jsonl")
     body = [
-        _headline(name, recipe.get("num_steps"), metrics, evaluations),
+        _headline(name, recipe, metrics, evaluations) + _alarm(events),
         el.section("Held-out prompts", _evaluation_charts(evaluations)),
         el.section("Training", _training_charts(metrics)),
         el.section("Before and after", _gallery(samples)),
-        el.section("Best and worst", _extremes(samples, [reward["weight"] for reward in recipe.get("rewards", [])])),
-        el.section("Events", _events(read_jsonl(run / "events.jsonl"))),
+        el.section("Best and worst", _extremes(samples, _weights(recipe))),
+        *([el.section("What samples look like", looks)] if (looks := _looks(evaluations)) else []),
+        el.section("Events", _events(events), anchor="events"),
         el.section(
             "Recipe",
             f"<pre>{el.text(redact(recipe_text))}</pre>" if recipe_text else el.note("No recipe.yaml."),
@@ -74,24 +83,51 @@ def write_report(run: Path) -> Path:
     return page
 
 
-def _headline(name: str, planned: int | None, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str:
+def _headline(name: str, recipe: Row, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str:
+    planned, weights = recipe.get("num_steps"), _weights(recipe)
     steps = max((row["step"] for row in metrics), default=0)
     told = f"{steps} of {planned} optimiser steps" if planned else f"{steps} optimiser steps"
     if metrics and metrics[-1].get("samples_seen") is not None:
         told += f", {metrics[-1]['samples_seen']:,.0f} samples"
     hours = sum(row.get("time/total") or 0.0 for row in metrics) / 3600
     told += f", {hours:.1f} h" if hours >= 1 else f", {hours * 60:.1f} min"
-    tiles = "".join(_tile(key, evaluations) for key in el.reward_keys(evaluations))
+    tiles = "".join(
+        _tile(key, evaluations, trained=weights.get(el.reward_label(key)) != 0) for key in el.reward_keys(evaluations)
+    )
     shown = f'<div class="tiles">{tiles}</div>' if tiles else ""
     return f'<header><h1>{el.text(name)}</h1><div class="soft">{el.text(told)}</div>{shown}</header>'
 
 
-def _tile(key: str, evaluations: Sequence[Row]) -> str:
-    """Held-out numbers of one reward: the base model's, the newest, and their difference."""
+def _alarm(events: Sequence[Row]) -> str:
+    """The newest warning or error, and where the others are."""
+    loud = [event for event in events if event["level"] != "info"]
+    if not loud:
+        return ""
+    others = f" and {len(loud) - 1} more" if len(loud) > 1 else ""
+    return (
+        f'<p class="alarm">{el.text(redact(first_line(loud[-1]["message"])))}'
+        f' <a href="#events">{el.text(loud[-1]["level"])}{others}: events</a></p>'
+    )
+
+
+def first_line(message: str) -> str:
+    """What a message says; of a traceback, the error."""
+    lines = message.strip().splitlines() or [""]
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+
+
+def _weights(recipe: Row) -> dict[str, float]:
+    """The weights of a recipe's rewards, by the names that samples show them under."""
+    return {RewardBlock(name=block["name"]).shown_name: block["weight"] for block in recipe.get("rewards", [])}
+
+
+def _tile(key: str, evaluations: Sequence[Row], *, trained: bool) -> str:
+    """Numbers of one reward on held-out prompts: the base model's, the newest, and their difference."""
     known = [(row["step"], row[key]) for row in evaluations if row.get(key) is not None]
     if not known:
         return ""
-    label = f'<div class="soft">{el.text(el.reward_label(key))}, held out</div>'
+    kind = "held out" if trained else "held out, not trained on"
+    label = f'<div class="soft">{el.text(el.reward_label(key))}, {kind}</div>'
     (first_step, first), (last_step, last) = known[0], known[-1]
     if len(known) == 1:
         return (
@@ -128,6 +164,19 @@ def _evaluation_charts(evaluations: Sequence[Row]) -> str:
         for key in keys
     ]
     return el.note(f"Every point: {what}; step 0 is the base model.") + f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _looks(evaluations: Sequence[Row]) -> str:
+    """The statistics that no reward asks for (see `guard`)."""
+    charts = [
+        el.figure(meaning.capitalize(), [Series(label=name, points=_points(evaluations, key), markers=True)], "")
+        for name, meaning in MEANINGS.items()
+        if (key := f"stats/{name}") and any(row.get(key) is not None for row in evaluations)
+    ]
+    told = el.note(
+        "Of the held-out samples. No reward asks for them: a jump may mean that the reward is being exploited."
+    )
+    return f'{told}<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
 def _training_charts(metrics: Sequence[Row]) -> str:
@@ -197,7 +246,7 @@ def _gallery(samples: Samples) -> str:
     return f'{note}<div class="cards">{"".join(cards)}</div>'
 
 
-def _extremes(samples: Samples, weights: Sequence[float]) -> str:
+def _extremes(samples: Samples, weights: Mapping[str, float]) -> str:
     """The samples of the last saved step with the highest and lowest weighted sum of rewards."""
     if not samples:
         return el.note("No samples were saved yet.")
@@ -209,10 +258,9 @@ def _extremes(samples: Samples, weights: Sequence[float]) -> str:
     return shown + (f"<h3>Worst of step {step}</h3>{_single_cards(folder, worst[::-1])}" if worst else "")
 
 
-def _total(row: Row, weights: Sequence[float]) -> float:
-    """The rewards of a sample come in the recipe's order; without a recipe all count the same."""
-    weighted = zip(row["rewards"].values(), weights or [1.0] * len(row["rewards"]), strict=True)
-    return sum(value * weight for value, weight in weighted if value is not None)
+def _total(row: Row, weights: Mapping[str, float]) -> float:
+    """What a sample counts; rewards that the recipe does not name count once. Held-out rewards may be missing."""
+    return sum(value * weights.get(name, 1.0) for name, value in row["rewards"].items() if value is not None)
 
 
 def _single_cards(folder: Path, rows: Sequence[Row]) -> str:

@@ -27,6 +27,8 @@ section > h3 { margin: 16px 0 6px; }
 p { margin: 4px 0 12px; }
 .soft, figcaption, .note { color: var(--soft); font-size: 13px; }
 .note { margin: 0 0 12px; }
+.alarm { background: var(--warn-page); color: var(--warn); border-radius: 10px; padding: 10px 14px; margin: 16px 0 0; }
+.alarm { overflow-wrap: anywhere; } .alarm a { color: inherit; white-space: nowrap; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 12px; margin: 20px 0 0; }
 .tile, figure, .card, .scroll { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .tile { padding: 14px 16px; }
