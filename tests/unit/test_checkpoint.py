@@ -127,7 +127,16 @@ def damage_no_manifest(path):
     return file
 
 
-@pytest.mark.parametrize("damage", [damage_content, damage_size, damage_missing, damage_manifest, damage_no_manifest])
+def damage_by_another_file(path):
+    """Which the engine would find by its name, after the real one."""
+    file = path / "trainer/state_00009_00.safetensors"
+    return shutil.copy(path / "trainer/state_00000_00.safetensors", file)
+
+
+DAMAGES = [damage_content, damage_size, damage_missing, damage_manifest, damage_no_manifest, damage_by_another_file]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_skipped_with_its_reason(save, tmp_path, damage):
     older, newer = save(1), save(2)
     file = damage(newer)
@@ -138,10 +147,18 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(save, tmp_path, damage)
         verify(newer)
     with pytest.raises(CheckpointError, match=file.name):
         find_checkpoint(tmp_path, str(newer))
-    if damage is not damage_content:
+
+    if damage not in (damage_content, damage_by_another_file):  # which are seen by `verify` alone
         assert names(tmp_path) == ["step_000001"]
         with pytest.raises(CheckpointError):
             load_state(newer)
+
+
+def test_a_note_in_a_checkpoint_does_no_harm(save):
+    path = save(1)
+    (path / "policy" / "README.md").write_text("the good one")
+    (path / ".nfs0001").write_text("")
+    verify(path)
 
 
 @pytest.mark.parametrize(

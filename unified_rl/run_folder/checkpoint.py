@@ -267,9 +267,16 @@ def verify(path: Path) -> None:
     """Check a checkpoint to the last byte.
 
     Raises:
-        CheckpointError: naming the first file that is missing, refused, or not what was written.
+        CheckpointError: naming the first file that is missing, refused, not what was written, or was not written at
+            all but would be read with the others.
     """
-    for entry in _read_manifest(path)["files"]:
+    entries = _read_manifest(path)["files"]
+    listed = {path / entry["path"] for entry in entries} | {path / MANIFEST}
+    for file in _files_below(path):
+        # A file system's own files and a note that somebody left are read by nobody.
+        if file not in listed and not file.name.startswith(".") and file.suffix != ".md":
+            raise CheckpointError(f"{file}: is not in the manifest")
+    for entry in entries:
         file = _inside(path, entry["path"])
         if _digest(file) != entry["sha256"]:
             raise CheckpointError(f"{file}: its content is not what was written (sha256 differs)")
