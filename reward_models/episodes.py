@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 
 def episode_return(
-    prompts: Sequence, completions: Sequence, *, episode_return: Sequence[float], **_
-) -> Sequence[float]:
-    """Sum of the environment's rewards over an episode, undiscounted."""
+    prompts: Sequence, completions: Sequence, *, episode_return: Sequence[float | None], **_
+) -> Sequence[float | None]:
+    """Sum of the environment's rewards over an episode, undiscounted; None where the environment failed."""
     return episode_return
 
 
-def success(prompts: Sequence, completions: Sequence, *, success: Sequence[float], **_) -> Sequence[float]:
-    """1.0 where the environment said that the task was done when the episode ended, else 0.0."""
+def success(
+    prompts: Sequence, completions: Sequence, *, success: Sequence[float | None], **_
+) -> Sequence[float | None]:
+    """1.0 where the environment said that the task was done when the episode ended, else 0.0; None where it failed."""
     return success

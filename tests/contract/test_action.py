@@ -1,18 +1,23 @@
 """A language model in environments: episodes replay exactly, depend on their seeds alone, are judged as they ended."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_replay import text_policy
 
 from reward_models.episodes import episode_return, success
 from unified_rl.data.environments import Observation, Turn
+from unified_rl.errors import RecipeError
 from unified_rl.policies.action import ActionPolicy
 from unified_rl.policies.critic import CriticPolicy
+from unified_rl.policies.episode import EnvironmentFailedError
 from unified_rl.recipe.critic import Critic
+from unified_rl.recipe.environment import EnvironmentBlock
 from unified_rl.rewards.scoring import reward_of, score
 from unified_rl.types import Prompt, concat_trajectories
 from unified_rl.worlds import walk
@@ -40,8 +45,12 @@ class Countdown:
         return Observation(text=f"{self.task['prompt']} {self.left}")
 
 
+def block(max_turns: int, **keys: Any) -> EnvironmentBlock:
+    return EnvironmentBlock(name="my.py:World", max_turns=max_turns, **keys)
+
+
 def walking(quickstart: Path, **keys: Any) -> ActionPolicy:
-    return ActionPolicy(text_policy(quickstart / "shapes_vla", **keys), walk.Walk, max_turns=TURNS)
+    return ActionPolicy(text_policy(quickstart / "shapes_vla", **keys), walk.Walk, block(TURNS))
 
 
 def walk_prompts(num: int, *, group_size: int = 2) -> list[Prompt]:
@@ -120,7 +129,7 @@ def matrices(length: int) -> dict[str, torch.Tensor]:
 
 def test_what_an_environment_says_reaches_rewards(quickstart: Path):
     actor = text_policy(quickstart / "shapes_vla")
-    policy = ActionPolicy(actor, Countdown, max_turns=3)
+    policy = ActionPolicy(actor, Countdown, block(3))
     prompts = [
         Prompt(text="go", images=(), columns={"turns": turns}, group_id=turns, seed=turns) for turns in (1, 2, 3, 4)
     ]
@@ -135,6 +144,85 @@ def test_what_an_environment_says_reaches_rewards(quickstart: Path):
     scores = score(rewards, prompts, trajectory.completions)
     assert scores.breakdown["return"].tolist() == said
     assert scores.total.tolist() == [end[1] + 0.5 * sum_ for end, sum_ in zip(ends, said, strict=True)]
+
+
+class Faulty(Countdown):
+    """Fails as its task says: in `reset`, or on an action."""
+
+    open = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Faulty.open += 1
+
+    def reset(self, task: Any, seed: int) -> Any:
+        if task.get("fault") == "reset":
+            raise OSError("no simulator")
+        return (super().reset(task, seed),) if task.get("fault") == "tuple" else super().reset(task, seed)
+
+    def step(self, action: str) -> Any:
+        turn, fault = super().step(action), self.task.get("fault")
+        if fault == "raise" and self.left < 3:
+            raise ZeroDivisionError("a joint broke")
+        if fault == "hang":
+            time.sleep(60)
+        return (turn.observation, 0.0, False, {}) if fault == "gymnasium" else turn
+
+    def close(self) -> None:
+        Faulty.open -= 1
+
+
+def tasks(*faults: str | None, **columns: Any) -> list[Prompt]:
+    return [
+        Prompt(text="go", images=(), columns={"turns": 4, "fault": fault, **columns}, group_id=0, seed=seed)
+        for seed, fault in enumerate(faults)
+    ]
+
+
+@pytest.mark.parametrize("fault", ["raise", "hang"])
+def test_an_environment_that_fails_costs_its_episode_only(quickstart: Path, fault: str):
+    actor = text_policy(quickstart / "shapes_vla")
+    policy = ActionPolicy(actor, Faulty, block(6, timeout=0.3, max_failures=0.25))
+    trajectory = policy.sample(tasks(None, fault, None, None))
+    assert Faulty.open == 0
+    others = [each.measured["num_turns"] for row, each in enumerate(trajectory.completions) if row != 1]
+    failed = trajectory.completions[1].measured
+    assert others == [4.0] * 3 and failed["num_turns"] == {"raise": 2.0, "hang": 1.0}[fault]
+    assert (failed["failed"], failed["success"], failed["episode_return"]) == (1.0, None, None)
+    scores = score([reward_of(success, name="success")], tasks(None, fault, None, None), trajectory.completions)
+    assert scores.total.isnan().tolist() == [False, True, False, False], "left out, not a zero"
+    segment = trajectory.segments["text"]
+    with torch.no_grad():
+        gap = policy.log_prob("text", segment, slice(None)).log_probs - segment.rollout_log_probs
+    assert gap[segment.loss_mask].abs().max() <= 1e-5
+    policy = ActionPolicy(actor, Faulty, block(6, timeout=0.3, max_failures=0.2))
+    reason = {"raise": "ZeroDivisionError: a joint broke", "hang": r"TimeoutError: no answer within 0\.3 s"}[fault]
+    with pytest.raises(EnvironmentFailedError, match=rf"my\.py:World failed in 1 of 4 episodes.*'go': {reason}; more"):
+        policy.sample(tasks(None, fault, None, None))
+    assert Faulty.open == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("reset", EnvironmentFailedError, r"my\.py:World cannot begin the task 'go': OSError: no simulator"),
+        ("tuple", RecipeError, r"policy\.environment\.name: reset must return an Observation, not tuple"),
+        ("gymnasium", RecipeError, r"policy\.environment\.name: step must return a Turn with an Obs.*, not tuple"),
+    ],
+)
+def test_an_environment_that_breaks_its_contract_is_named(
+    quickstart: Path, fault: str, error: type[Exception], message: str
+):
+    policy = ActionPolicy(text_policy(quickstart / "shapes_vla"), Faulty, block(6))
+    with pytest.raises(error, match=message):
+        policy.sample(tasks(None, fault))
+    with pytest.raises(RecipeError, match="data: the column success is what an episode is found to have; rename it"):
+        policy.sample(tasks(None, success=1.0))
+
+
+def test_an_observation_holds_pictures():
+    with pytest.raises(TypeError, match="PIL pictures, not ndarray"):
+        Observation(text="go", images=(np.zeros((8, 8, 3), dtype=np.uint8),))
 
 
 def test_a_critic_values_every_token_of_an_episode(quickstart: Path):

@@ -3,9 +3,13 @@
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from PIL import Image
 
 from unified_rl.errors import RecipeError
 from unified_rl.imports import check_import, load_import
@@ -23,6 +27,15 @@ class Observation:
     """What it is asked: the task, and whatever of the past it should know."""
     images: tuple[Any, ...] = ()
     """Pictures (PIL)."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            TypeError: if something else than pictures stands there.
+        """
+        for image in self.images:
+            if not isinstance(image, Image.Image):
+                raise TypeError(f"an observation's images are PIL pictures, not {type(image).__name__}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +71,38 @@ class Environment(Protocol):
                 environment's to say.
         """
         ...
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """An environment that holds what Python does not clean up by itself (a simulator, a window)."""
+
+    def close(self) -> None:
+        """Called once, after the episode."""
+        ...
+
+
+@contextmanager
+def limited(seconds: float | None) -> Iterator[None]:
+    """Interrupt what takes longer, where it runs Python or waits for the system. In a process's main thread.
+
+    Raises:
+        TimeoutError: inside it.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def expire(*_: object) -> None:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def check_environment(name: str) -> None:

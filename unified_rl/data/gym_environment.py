@@ -93,6 +93,10 @@ class GymEnvironment:
             success=bool(said[0]) if said else terminated and float(reward) > 0,
         )
 
+    def close(self) -> None:
+        """Free what it renders with."""
+        self._environment.close()
+
     def _seen(self, observation: Any) -> Observation:
         told = observation if isinstance(observation, dict) else {}
         text = self._text.format(prompt=self._prompt, **{key: said for key, said in told.items() if type(said) is str})

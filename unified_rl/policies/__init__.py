@@ -63,7 +63,7 @@ def build_policy(recipe: "Recipe", device: "torch.device") -> "Policy":
         )
         if around is None or make is None:
             return policy
-        return ActionPolicy(policy, make, max_turns=around.max_turns)
+        return ActionPolicy(policy, make, around)
     except OSError as error:  # what both libraries raise for a missing or unreadable checkpoint
         reason = " ".join(str(error).split())
         raise RecipeError(f"policy.model: {block.model} cannot be loaded: {reason}") from error

@@ -8,7 +8,7 @@ turn after the other; `turn_ids` says which is whose.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from unified_rl.data.environments import Environment, Observation
+from unified_rl.data.environments import Environment
 from unified_rl.policies.causal_lm import SEGMENT, CausalLMPolicy
+from unified_rl.policies.episode import Episode, begin, check_failures, close
 from unified_rl.protocols import Probe
-from unified_rl.types import Completion, Prompt, Segment, StepStates, StepStats, Trajectory
+from unified_rl.recipe.environment import EnvironmentBlock
+from unified_rl.types import Prompt, Segment, StepStates, StepStats, Trajectory
 
 SEEDS = 1 << 63
-
-
-@dataclass(slots=True, kw_only=True)
-class Episode:
-    """One trajectory while it is acted."""
-
-    prompt: Prompt
-    environment: Environment
-    seen: Observation
-    inputs: list[Any] = field(default_factory=list)
-    tokens: list[Tensor] = field(default_factory=list)
-    log_probs: list[Tensor] = field(default_factory=list)
-    actions: list[str] = field(default_factory=list)
-    pictures: list[Any] = field(default_factory=list)
-    total: float = 0.0
-    ended: bool = False
-    success: bool = False
-
-    def act(self, action: str) -> None:
-        """Let the environment take an action."""
-        turn = self.environment.step(action)
-        self.actions.append(action)
-        self.pictures += turn.observation.images[-1:]
-        self.total += turn.reward
-        self.seen, self.ended, self.success = turn.observation, turn.ended, turn.success
 
 
 class ActionPolicy:
@@ -54,21 +31,20 @@ class ActionPolicy:
 
     A completion's text is the episode's actions, a line each; its pictures are the last one of every observation; what
     the environment said is in `Completion.measured`: `episode_return` (the sum of its rewards), `success`,
-    `num_turns`, and the list of `actions`.
+    `num_turns`, the list of `actions`, and whether the environment `failed`.
     """
 
     steps_per_forward: Mapping[str, int | None] = {SEGMENT: None}
 
-    def __init__(self, actor: CausalLMPolicy, make: Callable[[], Environment], *, max_turns: int) -> None:
+    def __init__(self, actor: CausalLMPolicy, make: Callable[[], Environment], block: EnvironmentBlock) -> None:
         """
         Args:
             actor: writes the actions.
             make: gives a fresh environment; one is made for each trajectory of a batch.
-            max_turns: an episode is cut off there.
         """
-        self._actor, self._make, self._max_turns = actor, make, max_turns
+        self._actor, self._make, self._block = actor, make, block
         self.module: nn.Module = actor.module
-        self.max_steps: Mapping[str, int] = {SEGMENT: actor.max_steps[SEGMENT] * max_turns}
+        self.max_steps: Mapping[str, int] = {SEGMENT: actor.max_steps[SEGMENT] * block.max_turns}
 
     @property
     def version(self) -> int:
@@ -89,36 +65,45 @@ class ActionPolicy:
         self._actor.rollout = number
 
     def sample(self, prompts: Sequence[Prompt], *, evaluation: bool = False) -> Trajectory:
-        """Act one episode per prompt; in each turn, all that have not ended are one batch."""
-        episodes = [self._begin(prompt) for prompt in prompts]
-        for turn in range(self._max_turns):
-            active = [episode for episode in episodes if not episode.ended]
-            if not active:
-                break
-            asked = _sharing([self._ask(episode, turn) for episode in active])
-            answers = self._actor.sample(asked, evaluation=evaluation)
-            segment = answers.segments[SEGMENT]
-            for row, (episode, answer) in enumerate(zip(active, answers.completions, strict=True)):
-                tokens = segment.actions["tokens"][row]
-                episode.inputs.append(segment.actions["inputs"][row])
-                episode.tokens.append(tokens)
-                episode.log_probs.append(segment.rollout_log_probs[row, : len(tokens)])
-                episode.act(answer.text or "")
+        """Act one episode per prompt; in each turn, all that have not ended are one batch.
+
+        Raises:
+            RecipeError: if the environment does not keep its contract.
+            EnvironmentFailedError: if it fails more often than the recipe allows.
+        """
+        episodes: list[Episode] = []
+        try:
+            for prompt in prompts:
+                episodes.append(begin(prompt, self._make, self._block))
+            for turn in range(self._block.max_turns):
+                self._act([episode for episode in episodes if not episode.ended], turn, evaluation=evaluation)
+        finally:
+            close(episodes)
+        check_failures(episodes, self._block)
         return Trajectory(
             group_ids=torch.tensor([prompt.group_id for prompt in prompts]),
             segments={SEGMENT: _joined(episodes)},
-            completions=[_completion(episode) for episode in episodes],
+            completions=[episode.completion() for episode in episodes],
             policy_version=self.version,
         )
 
-    def _begin(self, prompt: Prompt) -> Episode:
-        environment = self._make()
-        seen = environment.reset({**prompt.columns, "prompt": prompt.text}, prompt.seed)
-        return Episode(prompt=prompt, environment=environment, seen=seen, pictures=list(seen.images[-1:]))
+    def _act(self, episodes: Sequence[Episode], turn: int, *, evaluation: bool) -> None:
+        """One turn of those that go on."""
+        if not episodes:
+            return
+        asked = _sharing([self._ask(episode, turn) for episode in episodes])
+        answers = self._actor.sample(asked, evaluation=evaluation)
+        segment = answers.segments[SEGMENT]
+        for row, (episode, answer) in enumerate(zip(episodes, answers.completions, strict=True)):
+            tokens = segment.actions["tokens"][row]
+            episode.inputs.append(segment.actions["inputs"][row])
+            episode.tokens.append(tokens)
+            episode.log_probs.append(segment.rollout_log_probs[row, : len(tokens)])
+            episode.act(answer.text or "")
 
     def _ask(self, episode: Episode, turn: int) -> Prompt:
         """A turn as a prompt of its own, with a random stream of its own."""
-        seed = (episode.prompt.seed * self._max_turns + turn) % SEEDS
+        seed = (episode.prompt.seed * self._block.max_turns + turn) % SEEDS
         return replace(episode.prompt, text=episode.seen.text, images=episode.seen.images, columns={}, seed=seed)
 
     def log_prob(self, name: str, segment: Segment, steps: slice) -> StepStats:
@@ -190,20 +175,6 @@ def _joined(episodes: Sequence[Episode]) -> Segment:
         loss_mask=torch.arange(int(lengths.max())) < lengths[:, None],
         turn_ids=pad_sequence(turns, batch_first=True),
         context_tokens=torch.tensor([sum(row["input_ids"].shape[1] for row in e.inputs) for e in episodes]),
-    )
-
-
-def _completion(episode: Episode) -> Completion:
-    return Completion(
-        text="\n".join(episode.actions),
-        images=tuple(episode.pictures),
-        truncated=not episode.ended,
-        measured={
-            "actions": episode.actions,
-            "episode_return": episode.total,
-            "success": float(episode.success),
-            "num_turns": float(len(episode.actions)),
-        },
     )
 
 
