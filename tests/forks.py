@@ -111,7 +111,12 @@ def run(words: Sequence[str], *, log: Path, environment: Mapping[str, str] | Non
 
 
 def run_together(
-    num: int, target: Callable[..., int | None], *given: Any, log: Path, environment: Mapping[str, str] | None = None
+    num: int,
+    target: Callable[..., int | None],
+    *given: Any,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 300.0,
 ) -> list[Ended]:
     """`target(*given)` in `num` processes that find each other by a launcher's variables; their ends, by rank."""
     with socket.socket() as probe:
@@ -120,4 +125,4 @@ def run_together(
     shared = {**(environment or {}), "WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     variables = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num)]
     forks = [Fork(target, *given, environment=own, log=Path(f"{log}_{rank}")) for rank, own in enumerate(variables)]
-    return [fork.wait() for fork in forks]
+    return [fork.wait(timeout) for fork in forks]

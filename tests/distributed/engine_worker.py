@@ -3,13 +3,17 @@
 Also imported by that test, which trains the same windows in one process with the local engine.
 """
 
+import functools
 import tempfile
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from unified_rl.engine import build_engine, distributed
@@ -50,13 +54,13 @@ SPLITS = {"one": (1,) * 5, "three": (3,) * 5, "mixed": (3, 1, 2, 1, 3)}
 
 
 class Net(nn.Module):
-    """An MLP with a frozen layer, trained and frozen scalars, a branch that some windows leave out, and a layer that
-    is never used."""
+    """An MLP with a frozen layer, trained and frozen scalars, a branch that some windows leave out (by its name a
+    critic's, with a learning rate of its own), and a layer that is never used."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.first, self.last, self.branch = nn.Linear(8, 33), nn.Linear(33, 8), nn.Linear(8, 8)
+        self.first, self.last, self.critics = nn.Linear(8, 33), nn.Linear(33, 8), nn.Linear(8, 8)
         self.unused, self.frozen = nn.Linear(3, 3), nn.Linear(8, 8)
         self.scale, self.shift = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.5), requires_grad=False)
         self.frozen.requires_grad_(False)
@@ -64,13 +68,21 @@ class Net(nn.Module):
     def forward(self, x: Tensor, branch: bool) -> Tensor:
         x = x.to(self.last.bias.dtype)
         y = self.last(torch.tanh(self.first(x))) * self.scale + self.frozen(x) + self.shift
-        return y + self.branch(x) if branch else y
+        return y + self.critics(x) if branch else y
 
 
 def recipe(backend: str, stage: str) -> SimpleNamespace:
     # Adam forgets the scale of gradients, and so would this test: a large eps and a clip limit inside their range
     # make it notice.
-    optimizer = Optimizer(lr=1e-2, eps=0.1, max_grad_norm=NORM_LIMIT, weight_decay=0.1, warmup_steps=2, decay="linear")
+    optimizer = Optimizer(
+        lr=1e-2,
+        critic_lr=2e-2,
+        eps=0.1,
+        max_grad_norm=NORM_LIMIT,
+        weight_decay=0.1,
+        warmup_steps=2,
+        decay="linear",
+    )
     engine = EngineBlock(backend=backend, zero_stage=int(stage[0]), **KEYS.get(stage, {}))
     return SimpleNamespace(optimizer=optimizer, engine=engine)
 
@@ -112,6 +124,36 @@ def train(
         yield engine.step()
 
 
+@contextmanager
+def counted() -> Iterator[dict[str, float]]:
+    """Inside it, the bytes that this process sends by the collectives that DeepSpeed uses here for weights and
+    gradients, as rings do it: from the tensors that torch is given."""
+    from deepspeed.comm import comm
+
+    share = (distributed.world_size() - 1) / distributed.world_size()
+    # Where torch is called, by the name of the tensor that is as large as all processes' together; what is sent of it.
+    kinds = {
+        "all_reduce": (dist, "all_reduce", "tensor", 2 * share),
+        "reduce_scatter": (comm.cdb, "reduce_scatter_function", "input", share),
+        "all_gather": (comm.cdb, "all_gather_function", "output_tensor", share),
+    }
+    found = dict.fromkeys(kinds, 0.0)
+
+    def counting(kind: str, call: Callable, name: str, times: float) -> Callable:
+        @functools.wraps(call)
+        def counts(*given, **options):
+            whole = signature(call).bind(*given, **options).arguments[name]
+            found[kind] += times * whole.numel() * whole.element_size()
+            return call(*given, **options)
+
+        return counts
+
+    with ExitStack() as stack:
+        for kind, (holder, place, name, times) in kinds.items():
+            stack.enter_context(mock.patch.object(holder, place, counting(kind, getattr(holder, place), name, times)))
+        yield found
+
+
 def weights(module: Net, engine) -> dict[str, Tensor]:
     with engine.full_weights():
         return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
@@ -132,8 +174,15 @@ def settings(folder: Path) -> dict:
             norms = list(train(module, engine, split, ranks))
             results[stage, name] = {"weights": weights(module, engine), "norms": norms, "bytes": engine.sent_bytes}
         module, engine = build(stage)
-        norms = list(train(module, engine, SPLITS["three"], ranks, skipping="none"))
+        norms, measured, told = [], [], []
+        with counted() as given:
+            for norm in train(module, engine, SPLITS["three"], ranks, skipping="none"):
+                norms.append(norm)
+                measured.append(given.copy())
+                told.append({name: sent - sum(step[name] for step in told) for name, sent in engine.sent_bytes.items()})
+                given.update(dict.fromkeys(given, 0.0))
         results[stage, "resplit"] = {"weights": weights(module, engine), "norms": norms}
+        results[stage, "resplit"] |= {"measured": measured, "told": told}
         if stage in UNEVEN_STAGES:
             module, engine = build(stage)
             norms = list(train(module, engine, SPLITS["mixed"], ranks, skipping="last rank"))
@@ -150,6 +199,8 @@ def settings(folder: Path) -> dict:
     for stage in VARIANTS:
         results[stage, "resumed"] = resumed(stage, ranks, folder)
         results[stage, "mixed"] = {"weights": results[stage, "resumed"]["straight"]}
+        others = [other for other in VARIANTS if other != stage and (folder / other).exists()]
+        results[stage, "crossed"] = {other: last_steps(stage, ranks, folder / other)[0] for other in others}
     for stage in OFFLOADED:
         results[stage, "resumed"] = resumed(stage, ranks, folder)
         results[stage, "crossed"] = {"0": last_steps(stage, ranks, folder / "0")[0]}
@@ -277,14 +328,18 @@ def checkpoints(run_folder: Path) -> dict:
     return {"errors": distributed.gather_objects([errors]), "found": distributed.gather_objects([str(found)])}
 
 
-def plain_training(stage: str) -> dict:
+def plain_training(stage: str, states: Path) -> dict:
+    """The whole of it, and its last steps from what two processes of another stage wrote."""
     module, engine = build(stage)
     ranks = range(distributed.rank(), distributed.rank() + 1)
     norms = list(train(module, engine, SPLITS["mixed"], ranks))
-    return {"weights": weights(module, engine), "norms": norms}
+    other = STAGES[(STAGES.index(stage) + 2) % len(STAGES)]
+    crossed = last_steps(stage, ranks, states / other)[0]
+    return {"weights": weights(module, engine), "norms": norms, "crossed": crossed}
 
 
-def main(out: Path, num_ranks: int) -> None:
+def main(out: Path, num_ranks: int, states: Path) -> None:
+    """`states`: written to by two processes, read by four."""
     global NUM_RANKS
     NUM_RANKS = num_ranks
     from deepspeed.accelerator import get_accelerator
@@ -294,12 +349,12 @@ def main(out: Path, num_ranks: int) -> None:
     distributed.initialise(timeout_seconds=60)
     if num_ranks == 2:
         results = {
-            "settings": settings(out.parent / "states"),
+            "settings": settings(states),
             "helpers": helpers(),
             "checkpoints": checkpoints(out.parent / "run"),
         }
     else:
-        results = {"settings": {(stage, "mixed"): plain_training(stage) for stage in STAGES}}
+        results = {"settings": {(stage, "mixed"): plain_training(stage, states) for stage in STAGES}}
     if distributed.is_main():
         torch.save(results, out)
     distributed.shutdown()

@@ -63,6 +63,8 @@ def test_a_longer_run_is_another_one_where_the_learning_rate_decays(stopped, tmp
     parts = changed(stopped, tmp_path, num_steps=9, optimizer={"lr": 0.05, "decay": "linear"})
     with pytest.raises(RecipeError, match="num_steps: 4 -> 9"):
         start(parts, "auto", allowed)
+    assert start(parts, "auto", [*allowed, "num_steps"]).step == 2
+    assert parts.engine.lr == pytest.approx(0.05 * 7 / 9), "the schedule of the longer run, from where it is"
 
 
 def test_other_prompts_are_refused(stopped, tmp_path):

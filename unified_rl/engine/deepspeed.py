@@ -178,7 +178,7 @@ class DeepSpeedEngine:
         if self._stage in (1, 2) and math.isfinite(norm):
             self._count("all_gather", self._trained_bytes)
         if self._stage == 3:
-            self._count("all_reduce", 2 * self._bytes_of_whole(True))
+            self._count("all_gather", self._bytes_of_whole(True))
         return norm
 
     def _plain_step(self) -> float:
@@ -230,10 +230,12 @@ class DeepSpeedEngine:
         - stage 2: 2 P (w-1)/w a window and P (w-1)/w a step;
         - stage 3: P (w-1)/w a window (reduce-scatter); with A bytes of sharded parameters, frozen ones included,
           A (w-1)/w for every forward, of a rollout too, and for every backward, which is an upper bound, because
-          DeepSpeed keeps parameters that it will use again soon; 2 K (w-1)/w a step (all-reduce) for K bytes of small
-          parameters that are kept whole between steps.
+          DeepSpeed keeps parameters that it will use again soon; K (w-1)/w a step (all-gather) for K bytes of small
+          parameters that are kept whole between steps, and more in the first step and in those that use other
+          parameters than the one before, where it gathers them anew.
 
-        Norms and flags, some bytes a step, are left out, and so are the buckets' paddings.
+        Norms and flags, some bytes a step, are left out, and so are the buckets' paddings. A test compares all of it
+        with what torch's collectives are given.
         """
         return {collective: round(sent) for collective, sent in self._sent.items()}
 
