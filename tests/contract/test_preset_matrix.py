@@ -42,7 +42,7 @@ MISFITS = {
     "image_tokens": GAUSSIAN | NOISED | {"uni_grpo"},
     "masked_diffusion": GAUSSIAN | NOISED | CRITICS | (WHOLE_SEQUENCES - {"dpo"}) | {"bicot_grpo"},
     "masked_text": GAUSSIAN | NOISED | CRITICS | (WHOLE_SEQUENCES - {"dpo"}) | {"bicot_grpo"},
-    "diffusion": WHOLE_SEQUENCES | {"bicot_grpo", "uni_grpo"},
+    "diffusion": WHOLE_SEQUENCES | {"bicot_grpo", "uni_grpo", "drpo"},
 }
 """Presets that a family refuses."""
 # Gradients of rewards need a differentiable one: see test_reward_gradient.py.

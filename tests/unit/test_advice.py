@@ -115,6 +115,7 @@ def test_a_loss_of_one_s_own_may_use_what_it_is_handed(tmp_path: Path) -> None:
     [
         ("diffusion", {"preset": "ppo"}, "clip_high: 0.2 of log-probs that are means over the latent dims never clips"),
         ("diffusion", {"preset": "dapo"}, "clip_high: 0.28 of log-probs that are means"),
+        ("diffusion", {"preset": "spo"}, "penalty_range: 0.2 of log-probs that are means over the latent dims"),
         ("causal_lm", {"preset": "ddpo"}, "clip_low: 0.0001 cuts nearly every token"),
         ("masked_diffusion", {"preset": "ddpo"}, "clip_low: 0.0001 cuts nearly every token"),
         ("causal_lm", {"preset": "rloo"}, "loss: reinforce has no ratio, and 2 updates of a rollout make its"),

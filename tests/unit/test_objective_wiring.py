@@ -54,7 +54,7 @@ def test_the_recipe_knows_the_losses_that_exist():
 
 def fitting() -> list[tuple[str, str]]:
     """Every policy-gradient preset with every family that it fits."""
-    tokens_only = {"gspo", "gspo_token", "luspo", "vespo", "trl_rloo"}
+    tokens_only = {"gspo", "gspo_token", "luspo", "vespo", "trl_rloo", "drpo"}
     gaussian_only = {"flow_grpo", "flow_grpo_fast", "mix_grpo", "grpo_guard", "flow_dppo"}
     gradients = [name for name in PRESETS if name not in METHOD_PRESETS and name not in OWN_FAMILY]
     bandits = [(name, "tokens") for name in gradients if name not in gaussian_only]
@@ -446,6 +446,7 @@ def test_a_loss_from_a_file(tmp_path: Path):
         ({"preset": "gspo"}, Walker, "ratio: sequence needs all steps in one forward; use token"),
         ({"preset": "gspo", "aggregation": "token_mean"}, Bandit, "aggregation: with a sequence's ratio"),
         ({"loss": "cispo"}, Bandit, "clip_high: cispo's is the bound itself"),
+        ({"preset": "drpo"}, Walker, "loss: drpo weighs by a token's probability, which a density"),
         ({"loss": "sapo", "delta": 4.0}, Bandit, "delta: bounds the clip loss"),
         ({"correction": {"mode": "mask"}}, Bandit, "correction: compares recomputed log-probs"),
         ({"off_policy_mask": 0.1}, Walker, "off_policy_mask: needs all steps in one forward"),

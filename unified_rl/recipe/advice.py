@@ -44,6 +44,9 @@ def _off_policy(objective: Objective, family: str, updates: int) -> Iterator[tup
     elif objective.loss == "clip" and family in CATEGORICAL:
         if objective.ratio == "token" and narrow < NARROW_CLIP:
             yield "clip_low", f"{narrow:g} cuts nearly every token from the second update on; say 0.2, as is usual"
+    elif objective.loss == "spo" and family not in CATEGORICAL and objective.penalty_range > WIDE_CLIP:
+        given = objective.penalty_range
+        yield "penalty_range", f"{given:g} of log-probs that are means over the latent dims holds nothing; say 1e-4"
     elif objective.loss in ("clip", "guard") and objective.threshold_unit == "mean" and wide > WIDE_CLIP:
         remedy = "papers have 1e-4 or less, or say threshold_unit: nats"
         yield "clip_high", f"{wide:g} of log-probs that are means over the latent dims never clips; {remedy}"

@@ -56,6 +56,8 @@ def _of_the_family(objective: "Objective", family: str) -> Iterator[tuple[str, s
             yield "kl.estimator", f"{objective.kl.estimator} of means over dims has no value in nats; use gaussian"
         if objective.kl.target is not None and objective.kl.place == "reward":
             yield "kl.target", "in nats is for a divergence in the loss; say kl.place: loss, or threshold_unit: mean"
+    if objective.loss == "drpo" and family not in CATEGORICAL:
+        yield "loss", "drpo weighs by a token's probability, which a density of denoising steps is not; use spo"
     if objective.ratio in SEQUENCE_RATIOS:
         yield "ratio", f"{objective.ratio} needs all steps in one forward; use token"
     if objective.off_policy_mask is not None:
