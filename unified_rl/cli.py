@@ -47,9 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG
     except Exception as error:
         from unified_rl.plain_text import clean, redact
+        from unified_rl.rewards.types import RewardFailedError
 
-        # Not Python's own way: user code puts keys and terminal sequences into its messages.
-        lines = [] if isinstance(error, ExploitedError | PeerError) else traceback.format_exception(error)
+        # Not Python's own way: user code puts keys and terminal sequences into its messages. A failed reward's process
+        # has shown its own traceback.
+        told = isinstance(error, ExploitedError | PeerError | RewardFailedError)
+        lines = [] if told else traceback.format_exception(error)
         sys.stderr.write(clean(redact(f"{''.join(lines)}error: {type(error).__name__}: {error}\n")))
         return FAILED
     except KeyboardInterrupt:

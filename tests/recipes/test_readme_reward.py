@@ -42,6 +42,39 @@ def test_rows_of_text_are_scored_with_their_columns(tmp_path: Path, capsys: pyte
     assert main(["score", "--reward", "answer", str(tmp_path / "none.png")]) == 2
 
 
+def test_an_edit_is_scored_with_its_condition(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As the samples.jsonl of a run has it."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "made.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "given.png")
+    (tmp_path / "mine.py").write_text(
+        "def same(completions, images):\n"
+        "    return [float(made.tobytes() == given.tobytes()) for made, (given,) in zip(completions, images)]\n"
+    )
+    file = tmp_path / "samples.jsonl"
+    rows = [{"prompt": "p", "images": ["made.png"], "condition_images": [name]} for name in ("given.png", "made.png")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["score", "--reward", f"{tmp_path}/mine.py:same", str(file)]) == 0
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "same",
+        "0.0000",
+        "1.0000",
+        "0.5000",
+    ]
+
+
+def test_what_a_reward_fails_at_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "made.png")
+    (tmp_path / "mine.py").write_text("def odd(completions):\n    return ['x']\n")
+    assert main(["score", "--reward", f"{tmp_path}/mine.py:odd", str(tmp_path / "made.png")]) == 1
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("error: RewardFailedError: reward 'odd' returned 'x' for completion 0")
+        and said.count("\n") == 1
+    )
+    assert main(["score", "--reward", f"{tmp_path}/mine.py:odd", str(tmp_path / "mine.py")]) == 2
+    assert "mine.py cannot be read (no PNG, JPEG, WEBP)" in capsys.readouterr().err
+
+
 def test_an_exploited_reward_raises_an_alarm(tmp_path: Path) -> None:
     """The base's evaluation is rewritten so that the next one looks exploited; the run says so."""
     keys = ["num_steps=1", "group_size=2", "prompts_per_step=1", "engine.micro_batch=2", "evaluation.num_prompts=4"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unified_rl.errors import RecipeError
 from unified_rl.imports import check_import, load_import, one_line
@@ -67,7 +67,10 @@ class ImageCell:
             encoded = self.value.read_bytes()
         else:
             encoded = base64.b64decode(self.value, validate=True) if isinstance(self.value, str) else self.value
-        return Image.open(io.BytesIO(encoded), formats=FORMATS)
+        try:
+            return Image.open(io.BytesIO(encoded), formats=FORMATS)
+        except UnidentifiedImageError as error:  # names an object in memory
+            raise ValueError(f"no {', '.join(FORMATS)}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import yaml
 
-from unified_rl.data.sources import ImageCell, Row, load_rows
+from unified_rl.data.sources import ImageCell, Row, image_cells, load_rows
 from unified_rl.errors import RecipeError
 from unified_rl.imports import one_line
 from unified_rl.recipe.reward import RewardBlock
 from unified_rl.rewards.scoring import load_rewards, score
 from unified_rl.types import Completion, Prompt
 
-NOT_COLUMNS = ("prompt", "text", "completion", "images")
+NOT_COLUMNS = ("prompt", "text", "completion", "images", "condition_images")
 
 
 def score_command(names: Sequence[str], files: Sequence[Path], *, prompt: str, arguments: str) -> int:
@@ -21,8 +21,9 @@ def score_command(names: Sequence[str], files: Sequence[Path], *, prompt: str, a
 
     Args:
         names: rewards, as in a recipe.
-        files: pictures, or .jsonl files of rows with `prompt`, `text` (or `completion`) or generated `images`, and the
-            columns that the rewards need. The samples.jsonl of a run's folder is such a file.
+        files: pictures, or .jsonl files of rows with `prompt`, `text` (or `completion`) or generated `images`, the
+            prompt's own pictures as `condition_images`, and the columns that the rewards need. The samples.jsonl of a
+            run's folder is such a file.
         prompt: of the pictures.
         arguments: YAML of the keyword arguments, given to every reward.
 
@@ -57,15 +58,21 @@ def score_command(names: Sequence[str], files: Sequence[Path], *, prompt: str, a
 
 def _samples(file: Path, prompt: str) -> list[tuple[str, Row]]:
     if file.suffix == ".jsonl":
-        return [(f"{file}:{index + 1}", row) for index, row in enumerate(load_rows(str(file), "FILE"))]
+        rows = enumerate(load_rows(str(file), "FILE"), start=1)
+        return [(f"{file}:{number}", _with_conditions(row, f"{file}:{number}", file.parent)) for number, row in rows]
     if not file.is_file():
         raise RecipeError(f"{file}: no such file; give pictures, or .jsonl rows")
     return [(str(file), {"prompt": prompt, "images": [ImageCell(file, str(file))]})]
 
 
+def _with_conditions(row: Row, place: str, folder: Path) -> Row:
+    return {**row, "condition_images": image_cells({"images": row.get("condition_images")}, place, folder)}
+
+
 def _prompt(row: Row, index: int) -> Prompt:
     columns = {name: value for name, value in row.items() if name not in NOT_COLUMNS}
-    return Prompt(text=row["prompt"], images=(), columns=columns, group_id=index, seed=0)
+    conditions = tuple(cell.open() for cell in row.get("condition_images", []))
+    return Prompt(text=row["prompt"], images=conditions, columns=columns, group_id=index, seed=0)
 
 
 def _completion(row: Row, place: str) -> Completion:
