@@ -16,6 +16,7 @@ ENTROPY_LEFT = 0.1
 """Share of the run's first entropy below which it has collapsed."""
 MIN_WITH_GRADIENT = 0.1
 """Share of the samples with an advantage below which a rollout is mostly wasted."""
+MOSTLY = 0.5
 USELESS_CRITIC = 0.0
 """Explained variance below which a critic is worse than a constant."""
 MAX_KL = {"kl": 1.0, "update_kl": 1.0}
@@ -115,4 +116,7 @@ class Health:
         if self._blind >= PATIENCE:
             explained = row["value/explained_variance"]
             message = f"the critic explains less than a constant ({explained:.2g}) in {self._blind} rollouts in a row: "
-            yield "critic", message + "raise optimizer.critic_lr or epochs, or lower them if value/loss swings"
+            remedy = "raise optimizer.critic_lr or epochs, or lower them if value/loss swings"
+            if row.get("value/clip_fraction", 0.0) > MOSTLY:
+                remedy = "critic.value_clip holds most of its values back; give it in units of the reward, or null"
+            yield "critic", message + remedy

@@ -91,6 +91,10 @@ def test_equal_rewards_are_told_after_some_rollouts(tmp_path):
     [
         ({"frac_samples_with_gradient": 0.05}, "only 5 % of the samples had an advantage in 5 rollouts in a row"),
         ({"value/explained_variance": -0.3}, "the critic explains less than a constant (-0.3) in 5 rollouts in a row"),
+        (
+            {"value/explained_variance": -0.3, "value/clip_fraction": 0.9},
+            "the critic explains less than a constant (-0.3) in 5 rollouts in a row: critic.value_clip holds most",
+        ),
     ],
 )
 def test_what_one_rollout_does_not_prove_is_told_after_some(tmp_path, sick, message):
