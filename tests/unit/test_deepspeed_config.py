@@ -56,6 +56,9 @@ def test_offloading_needs_its_stage(offload, stage, needed):
     [
         ({"bfloat16": {"enabled": True}}, "engine.deepspeed.bfloat16: is set by policy.dtype"),
         ({"torch_autocast": {"enabled": True}}, "engine.deepspeed.torch_autocast: is set by policy.dtype"),
+        ({"amp": {"enabled": True}}, "engine.deepspeed.amp: is set by policy.dtype"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor: is set by the trainer"),
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "ratio: is set by engine.offload (all"),
         ({"zero_optimization": {"zenflow": {}}}, "zero_optimization.zenflow: is set by engine.offload"),
         ({"zero_optimization": {"cpu_offload": True}}, "zero_optimization.cpu_offload: is set by engine.offload"),
         ({"zero_optimization": {"offload_param": None}}, "zero_optimization.offload_param: is not None but a block"),
