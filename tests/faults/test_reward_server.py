@@ -12,7 +12,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from unified_rl.recipe.reward import RewardBlock
 from unified_rl.rewards.picture_wire import encode_picture
 from unified_rl.rewards.remote import RemoteError, RemoteReward
 from unified_rl.rewards.scoring import RewardFailedError, load_rewards, reward_of, score
-from unified_rl.rewards.serve import Limits, make_app
+from unified_rl.rewards.serve import Limits, make_app, serve_command
 from unified_rl.types import Completion, Prompt
 
 TOKEN = "a long secret"
@@ -42,23 +44,29 @@ def broken(completions: list, **columns: Any) -> list[float]:
     raise RuntimeError("out of order")
 
 
+@contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """The address of a running server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{port}"
+    running.should_exit = True
+    thread.join(timeout=5)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The address of a server of three rewards, behind a token and small limits."""
     rewards = [reward_of(function, name=function.__name__) for function in (redness, length, broken)]
     limits = Limits(body_bytes=100_000, batch=8, pixels=10_000, all_pixels=20_000)
-    app = make_app(rewards, names=["redness", "length", "broken"], token=TOKEN, limits=limits)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serving = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=serving.run, daemon=True)
-    thread.start()
-    while not serving.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}"
-    serving.should_exit = True
-    thread.join(timeout=5)
+    with serving(make_app(rewards, names=["redness", "length", "broken"], token=TOKEN, limits=limits)) as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +105,39 @@ def test_pictures_and_flow_factorys_protocol(server: str) -> None:
     shown = [Image.new("RGB", (4, 4), colour) for colour in ("red", "black")]
     assert RemoteReward(f"{server}/redness")(["p", "p"], shown) == [1.0, 0.0]
     assert RemoteReward(f"{server}/any", protocol="flow_factory")(["p", "p"], shown) == [1.0, 0.0]
+
+
+def half_broken(solution_str: str) -> float:
+    if solution_str == "boom":
+        raise RuntimeError("no")
+    return 1.0
+
+
+def answer(url: str, *texts: str) -> dict[str, Any]:
+    body = json.dumps({"prompts": ["p"] * len(texts), "texts": texts}).encode()
+    head = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/score", data=body, headers=head)) as response:
+        return json.loads(response.read())
+
+
+def test_what_fails_for_some_has_scores_for_the_others() -> None:
+    rewards = [reward_of(half_broken, name="half_broken")]
+    with serving(make_app(rewards, names=["half_broken"], token=None)) as address:
+        some, none = answer(address, "a", "boom", "b"), answer(address, "boom")
+    assert (some["scores"], some["errors"]) == ({"half_broken": [1.0, None, 1.0]}, {})
+    assert (none["scores"], none["errors"]) == ({}, {"half_broken": "reward 'half_broken' RuntimeError: no"})
+
+
+def test_the_command_tells_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed call is no abstention: the client has to count it."""
+    (tmp_path / "mine.py").write_text("def broken(completions):\n    raise RuntimeError('out of order')\n")
+    apps: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(uvicorn, "run", lambda app, **keys: apps.append(app))
+        assert serve_command([f"{tmp_path}/mine.py:broken"], host="127.0.0.1", port=1) == 0
+    with serving(apps[0]) as address:
+        found = answer(address, "a")
+    assert found["scores"] == {} and "RuntimeError: out of order" in found["errors"]["broken"]
 
 
 def test_errors_are_a_rewards_own(server: str) -> None:

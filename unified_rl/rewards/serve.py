@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from unified_rl import __version__
@@ -26,6 +26,7 @@ from unified_rl.rewards.scoring import LoadedReward, RewardError, RewardFailedEr
 from unified_rl.types import Completion, Prompt
 
 TOKEN_ENV = "UNIFIED_RL_TOKEN"
+NOT_ALL = 1.0 - 1e-9
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -63,7 +64,7 @@ def serve_command(names: Sequence[str], *, host: str, port: int) -> int:
         import uvicorn
     except ImportError as error:
         raise RecipeError("serve: the server needs an extra; pip install 'unified-rl[serve]'") from error
-    rewards = load_rewards([RewardBlock(name=name, max_failures=1.0) for name in names])
+    rewards = load_rewards([RewardBlock(name=name) for name in names])
     sys.stderr.write(f"serving {', '.join(reward.name for reward in rewards)} on http://{host}:{port}\n")
     uvicorn.run(make_app(rewards, names=names, token=token), host=host, port=port, log_level="warning")
     return 0
@@ -84,7 +85,8 @@ def make_app(
 
     limits = limits or Limits()
     version = hashlib.sha256(json.dumps([__version__, *names]).encode()).hexdigest()[:16]
-    known = {reward.name: reward for reward in rewards}
+    # A failed call is the client's to count; one that failed for some of its completions still has the others.
+    known = {reward.name: replace(reward, max_failures=NOT_ALL) for reward in rewards}
     app = FastAPI(title="unified_rl rewards", docs_url=None, redoc_url=None, openapi_url=None)
 
     async def answer(request: Request, work: Callable[[dict], dict]) -> JSONResponse:
