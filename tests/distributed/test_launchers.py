@@ -2,22 +2,26 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests import forks
+from unified_rl.run_folder.tracking import read_jsonl
 
 
 def test_two_nodes_of_torchrun(tmp_path: Path):
-    """The command of docs/scale.md, run on both nodes, where no compiler nor any other program is found."""
+    """The command of docs/scale.md, run on both nodes, where no compiler nor any other program is found; one of the two
+    launchers is told to stop, and the whole run does, saved."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     empty = tmp_path / "empty"
     empty.mkdir()
-    words = ["num_steps=1", "group_size=2", "prompts_per_step=2", "data.evaluation=null", "engine.threads=1"]
+    words = ["num_steps=100000", "group_size=2", "prompts_per_step=2", "data.evaluation=null", "engine.threads=1"]
     train = [
         "-m",
         "unified_rl.cli",
@@ -25,6 +29,7 @@ def test_two_nodes_of_torchrun(tmp_path: Path):
         "quickstart_vlm",
         *words,
         "engine.zero_stage=2",
+        "checkpoint.every=100000",
         "--output",
         str(tmp_path / "run"),
     ]
@@ -39,16 +44,21 @@ def test_two_nodes_of_torchrun(tmp_path: Path):
         )
         for rank in range(2)
     ]
-    errors = [node.communicate(timeout=300)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], errors
-    (row,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    run = tmp_path / "run"
+    deadline = time.monotonic() + 240
+    while not read_jsonl(run / "ranks.jsonl") and time.monotonic() < deadline and nodes[1].poll() is None:
+        time.sleep(0.1)
+    nodes[1].send_signal(signal.SIGTERM)
+    errors = [node.communicate(timeout=120)[1] for node in nodes]
+    assert "exitcode  : 143" in errors[0] and "got signal: 15" in errors[1], errors
+    row, ranks = read_jsonl(run / "metrics.jsonl")[0], read_jsonl(run / "ranks.jsonl")[0]
     assert row["samples_seen"] == 4 and row["comm/bytes"] > 0 == row["comm/rollout_bytes"]
-    (ranks,) = [json.loads(line) for line in (tmp_path / "run/ranks.jsonl").read_text().splitlines()]
     assert {"step", "time/rollout", "time/reward_work", "time/update", "memory/peak_mib"} <= set(ranks)
     assert ranks["comm/bytes"] == [row["comm/bytes"]] * 2 and max(ranks["memory/peak_mib"]) == row["memory/peak_mib"]
     assert not list(empty.iterdir()), "nothing was built"
-    manifest = json.loads((tmp_path / "run/checkpoints/step_000001/manifest.json").read_text())
-    assert manifest["world_size"] == 2
+    (saved,) = (run / "checkpoints").iterdir()
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert manifest["world_size"] == 2 and manifest["step"] == read_jsonl(run / "metrics.jsonl")[-1]["step"]
 
 
 def test_what_srun_sets_is_understood(tmp_path: Path):

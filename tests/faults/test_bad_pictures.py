@@ -16,6 +16,7 @@ from unified_rl.errors import RecipeError
 from unified_rl.run_folder.tracking import read_jsonl
 from unified_rl.stopping import StopSignal
 from unified_rl.train import Position, run_loop
+from unified_rl.worlds import shapes
 
 NUM_ROWS = 8
 
@@ -108,3 +109,13 @@ def test_a_prompt_that_the_policy_refuses_gives_its_place_too(tmp_path: Path, ca
     assert [row["step"] for row in rows] == [1, 2] and rows[-1]["num_bad_images"] == 1
     (said,) = [row["message"] for row in read_jsonl(tmp_path / "skips/events.jsonl") if "skipped" in row["message"]]
     assert said.startswith("skipped: row 1: policy.sampling.max_prompt_tokens: a prompt has")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (1, 1)])
+def test_pictures_with_nothing_on_them_are_scored(size: tuple[int, int]):
+    """Black is what a VAE makes of numbers that are none."""
+    row = shapes.train_drawing()[0]
+    columns = {name: [value] for name, value in row.items() if name != "prompt"}
+    for reward in (shapes.shapes_strict, shapes.shapes_graded):
+        (value,) = reward([row["prompt"]], [Image.new("RGB", size)], **columns)
+        assert 0.0 <= value < 0.5
