@@ -11,7 +11,7 @@ from torch import Tensor
 from unified_rl.metrics import StepMetrics, slowest
 from unified_rl.objectives import kl as divergence
 from unified_rl.objectives.correction import off_policy_keep
-from unified_rl.objectives.policy_gradient import clip_fractions, policy_loss
+from unified_rl.objectives.policy_gradient import policy_loss
 from unified_rl.objectives.thresholds import mean_bounds, mean_divergence
 from unified_rl.objectives.value import value_loss
 from unified_rl.protocols import Engine, Policy
@@ -120,8 +120,8 @@ def _policy_loss(stats: StepStats, window: Window[Target], mask: Tensor, metrics
         scale = target.scale[window.rows, window.steps].to(per_step)
         per_step = per_step * scale
         metrics.add("correction/mean", scale, mask)
-    if objective.loss == "clip":
-        low, high = clip_fractions(result.ratio, advantages, mask, clip_low, clip_high)
+    if result.bounded is not None:
+        low, high = result.bounded
         metrics.sums["clip_fraction/low"] += float(low) * float(mask.sum())
         metrics.sums["clip_fraction/high"] += float(high) * float(mask.sum())
     if old_kl is not None:

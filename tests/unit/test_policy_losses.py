@@ -344,6 +344,43 @@ def test_unknown_names_are_refused() -> None:
         log_ratios(matrix, matrix, loss_mask, "step")  # type: ignore[arg-type]
 
 
+BOUNDED: list[tuple[str, dict[str, Any], float, float]] = [
+    # Ratios 0.5, 0.5, 2, 2, and 1 with a mask after it; advantages of both signs.
+    ("clip", {"clip_low": 0.4, "clip_high": 0.9}, 0.2, 0.2),
+    ("clip", {"clip_low": 0.6, "clip_high": 1.1}, 0.0, 0.0),
+    ("cispo", {"clip_high": 1.9}, 0.0, 0.4),
+    # Halved log-ratios: 0.71 and 1.41.
+    (
+        "guard",
+        {"clip_low": 0.2, "clip_high": 0.5, "old_kl": torch.zeros(1, 6), "step_std": torch.tensor(0.5)},
+        0.2,
+        0.0,
+    ),
+    ("dppo", {"old_kl": torch.tensor([[1.0, 9.0, 9.0, 1.0, 9.0, 9.0]]), "max_divergence": 5.0}, 0.2, 0.2),
+    ("dppo", {"old_kl": torch.tensor([[9.0, 1.0, 9.0, 9.0, 9.0, 9.0]]), "max_divergence": 5.0}, 0.0, 0.2),
+]
+
+
+@pytest.mark.parametrize(("loss", "keys", "low", "high"), BOUNDED)
+def test_what_a_bound_cuts_is_counted(loss: str, keys: dict[str, Any], low: float, high: float):
+    now = torch.tensor([[0.5, 0.5, 2.0, 2.0, 1.0, 7.0]]).log().requires_grad_()
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, 1.0]])
+    mask = torch.tensor([[True] * 5 + [False]])
+    given = {"clip_low": 0.2, "clip_high": 0.2, "step_std": torch.ones(1, 1), **keys}
+    result = policy_loss(now, torch.zeros(1, 6), advantages, mask, loss=loss, ratio_level="token", **given)
+    assert result.bounded is not None
+    assert [float(share) for share in result.bounded] == pytest.approx([low, high])
+    if loss != "cispo":  # which only weighs what it caps
+        (gradient,) = torch.autograd.grad(result.per_step.sum(), now)
+        assert int((gradient[mask] == 0).sum()) == round(5 * (low + high))
+
+
+def test_a_loss_without_a_bound_counts_none():
+    ones = torch.ones(1, 1)
+    result = policy_loss(ones, ones, ones, ones.bool(), loss="sapo", ratio_level="token", clip_low=0.2, clip_high=0.2)
+    assert result.bounded is None
+
+
 @pytest.mark.parametrize(
     ("level", "cut"),
     [

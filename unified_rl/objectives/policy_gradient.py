@@ -29,6 +29,9 @@ class PolicyLoss:
     """[B, S] policy over old policy, 1 where masked; at the sequence level all steps of a row have the same."""
     overflow: Tensor
     """[B, S] bool: where the log-ratio, at its level, was beyond MAX_LOG_RATIO and cut."""
+    bounded: tuple[Tensor, Tensor] | None
+    """Shares of the unmasked steps, 0-d, whose gradient the loss's own bound cut (cispo: capped), where they would go
+    on below and above it; None for a loss without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,10 +139,13 @@ def policy_loss(
         step_std=None if step_std is None else step_std.detach().expand_as(ratio).masked_fill(~loss_mask, 1.0),
     )
     per_step = function(terms).masked_fill(~loss_mask, 0.0)
+    with torch.no_grad():
+        bounded = bounded_shares(loss, terms, loss_mask) if isinstance(loss, str) else None
     return PolicyLoss(
         per_step=per_step,
         ratio=ratio.masked_fill(~loss_mask, 1.0),
         overflow=(log_ratio.detach().abs() >= MAX_LOG_RATIO) & loss_mask,
+        bounded=bounded,
     )
 
 
@@ -304,6 +310,22 @@ def dppo_loss(ratio: Tensor, advantages: Tensor, old_kl: Tensor, max_divergence:
     """
     outwards = ((ratio > 1.0) & (advantages > 0)) | ((ratio < 1.0) & (advantages < 0))
     return (-ratio * advantages).masked_fill((old_kl.detach() >= max_divergence) & outwards, 0.0)
+
+
+def bounded_shares(loss: str, terms: StepTerms, loss_mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`PolicyLoss.bounded` of a loss of ours."""
+    if loss in ("clip", "guard"):
+        ratio = terms.ratio if loss == "clip" else guard_ratio(terms)
+        return clip_fractions(ratio, terms.advantages, loss_mask, terms.clip_low, terms.clip_high)
+    num_steps = loss_mask.sum().clamp(min=1)
+    if loss == "cispo":
+        capped = (terms.ratio > terms.clip_high) & loss_mask
+        return torch.zeros_like(num_steps), capped.sum() / num_steps
+    if loss == "dppo":
+        left = (terms.gaussian()[0] >= terms.max_divergence) & loss_mask
+        low, high = (terms.ratio < 1.0) & (terms.advantages < 0), (terms.ratio > 1.0) & (terms.advantages > 0)
+        return (left & low).sum() / num_steps, (left & high).sum() / num_steps
+    return None
 
 
 def clip_fractions(
