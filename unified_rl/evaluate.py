@@ -10,7 +10,7 @@ from unified_rl.data.prompts import evaluation_prompts
 from unified_rl.data.sources import load_rows
 from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
-from unified_rl.guard import MEANINGS, statistics
+from unified_rl.guard import MEANINGS, statistics, within_groups
 from unified_rl.policies import build_policy, check_rows
 from unified_rl.protocols import Console, Policy
 from unified_rl.recipe.file import load_recipe
@@ -70,6 +70,13 @@ def _statistics(rollout: Rollout) -> dict[str, float]:
     sums = distributed.sum_over_ranks(known)
     pairs = zip(MEANINGS, sums[::2], sums[1::2], strict=True)
     return {name: total / count for name, total, count in pairs if count > 0.0}
+
+
+def group_diversity(rollout: Rollout) -> dict[str, float]:
+    """`group_diversity`, how much pictures of one prompt differ, as a mean over all groups; nothing without any."""
+    mine, count = within_groups(rollout.trajectory.completions, rollout.trajectory.group_ids.tolist())
+    total, groups = distributed.sum_over_ranks([mine, float(count)])
+    return {"group_diversity": total / groups} if groups else {}
 
 
 def evaluate_command(target: str, overrides: list[str]) -> int:

@@ -34,6 +34,7 @@ LEAST = {
     "high_frequencies": 0.05,
     "saturation": 0.1,
     "diversity": 0.05,
+    "within_groups": 0.03,
     "length": 5.0,
     "repetition": 0.1,
     "distinct": 0.1,
@@ -45,6 +46,7 @@ MEANINGS = {
     "high_frequencies": "the energy of fine detail",
     "saturation": "the saturation of colours",
     "diversity": "the difference between samples",
+    "within_groups": "the difference between samples of one prompt",
     "length": "the number of words",
     "repetition": "the share of repeated word triples",
     "distinct": "the share of different word pairs",
@@ -64,6 +66,17 @@ def statistics(completions: Sequence[Completion]) -> dict[str, float]:
     pictures = [each for each in seen if isinstance(each, Image.Image)]  # sound is not measured
     texts = [completion.text for completion in completions if completion.text is not None and not completion.images]
     return {**(_of_pictures(pictures) if pictures else {}), **(_of_texts(texts) if texts else {})}
+
+
+def within_groups(completions: Sequence[Completion], group_ids: Sequence[int]) -> tuple[float, int]:
+    """The root mean square distance between thumbnails of different pictures of one prompt (0 to 1), summed over the
+    groups that have two pictures or more, and how many these are."""
+    groups: dict[int, list[Image.Image]] = {}
+    for completion, group in zip(completions, group_ids, strict=True):
+        pictures = [each for each in completion.images[:1] if isinstance(each, Image.Image)]
+        groups.setdefault(group, []).extend(pictures)
+    spreads = [_spread([_thumbnail(each) for each in group]) for group in groups.values() if len(group) > 1]
+    return sum(spreads), len(spreads)
 
 
 def alarms(history: Sequence[Mapping[str, float | None]], trained: Sequence[str]) -> list[str]:
@@ -132,17 +145,25 @@ def _of_pictures(pictures: Sequence[Image.Image]) -> dict[str, float]:
         greys.append(colours.mean(-1))
         highest = colours.max(-1)
         saturations.append(float(((highest - colours.min(-1)) / np.maximum(highest, 1e-6)).mean()))
-        thumbnails.append(np.asarray(picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL)), dtype=np.float64) / 255.0)
-    stack = np.stack(thumbnails).reshape(len(thumbnails), -1)
-    # mean |a - b|^2 over different pairs is twice the unbiased variance
-    variance = stack.var(axis=0, ddof=1).mean() if len(stack) > 1 else 0.0
+        thumbnails.append(_thumbnail(picture))
     return {
         "entropy": float(np.mean([_entropy(grey) for grey in greys])),
         "edges": float(np.mean([_edges(grey) for grey in greys])),
         "high_frequencies": float(np.mean([_high_frequencies(grey) for grey in greys])),
         "saturation": float(np.mean(saturations)),
-        "diversity": float(np.sqrt(2.0 * variance)),
+        "diversity": _spread(thumbnails),
     }
+
+
+def _thumbnail(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL)), dtype=np.float64) / 255.0
+
+
+def _spread(thumbnails: Sequence[np.ndarray]) -> float:
+    """The root mean square difference of different ones; of one alone 0."""
+    stack = np.stack(thumbnails).reshape(len(thumbnails), -1)
+    # mean |a - b|^2 over different pairs is twice the unbiased variance
+    return float(np.sqrt(2.0 * stack.var(axis=0, ddof=1).mean())) if len(stack) > 1 else 0.0
 
 
 def _entropy(grey: np.ndarray) -> float:

@@ -25,7 +25,7 @@ from unified_rl.data.recorded import RecordedSampler
 from unified_rl.engine import distributed
 from unified_rl.engine.watch import enter
 from unified_rl.errors import PeerError
-from unified_rl.evaluate import evaluate
+from unified_rl.evaluate import evaluate, group_diversity
 from unified_rl.fitting import as_fitted, fitted_update
 from unified_rl.guard import alarms, exploited
 from unified_rl.methods import plan_windows
@@ -81,7 +81,8 @@ def run_loop(parts: Parts, at: Position, stop: StopSignal) -> int:
             changed = {**changed, **coefs, **traffic.end_step()}
             log_step(parts, step, {**row, **changed}, time.perf_counter() - started, first=number == 0)
             exam_due = step % recipe.evaluation.every == 0 or step == recipe.num_steps
-            held_out, reason = examine(parts, step) if parts.exam and exam_due else (None, "")
+            spread = row.get("group_diversity")
+            held_out, reason = examine(parts, step, spread) if parts.exam and exam_due else (None, "")
             if step == recipe.num_steps or reason or has_left(recipe, changed):
                 break
         parts.snapshots.tick("rollout")
@@ -122,6 +123,7 @@ def collect(parts: Parts, index: int, stop: StopSignal = UNASKED) -> tuple[Rollo
         "samples_seen": (index + 1) * recipe.samples_per_rollout,
         **reward_metrics(total, breakdown),
         "frac_reward_zero_std": zero_std_fraction(total, distributed.gather_rows(rollout.trajectory.group_ids)),
+        **group_diversity(rollout),
         **rollout.scores.report,
         "time/rollout": rollout.seconds[0] + refilled,
         "time/reward": rollout.seconds[1],
@@ -227,8 +229,11 @@ def log_step(parts: Parts, step: int, row: dict[str, float], update_seconds: flo
     parts.console.metrics(complete)
 
 
-def examine(parts: Parts, step: int) -> tuple[float, str]:
+def examine(parts: Parts, step: int, spread: float | None = None) -> tuple[float, str]:
     """Evaluate on the held-out prompts; write the numbers, samples, and what is suspicious about them.
+
+    Args:
+        spread: how much the last rollout's samples of one prompt differ; held-out prompts, drawn once, cannot say.
 
     Returns:
         What the best checkpoint has most of, and why the recipe's guard ends the run ("": it goes on).
@@ -237,10 +242,12 @@ def examine(parts: Parts, step: int) -> tuple[float, str]:
     guard, reason = parts.recipe.guard, ""
     with parts.snapshots.use(parts.recipe.evaluation.weights):
         metrics, rollout = evaluate(parts.policy, parts.rewards, parts.exam, parts.recipe, parts.console)
-    parts.run.log_evaluation({"step": step, **metrics})
+    parts.run.log_evaluation({"step": step, **metrics, **({} if spread is None else {"stats/within_groups": spread})})
     if distributed.is_main():
         trained = [reward.name for reward in parts.rewards if reward.weight != 0]
         history = read_jsonl(parts.run.path / "eval.jsonl")
+        first = next(iter(read_jsonl(parts.run.path / "metrics.jsonl")), {})  # drawn by the base model
+        history[0] = {"stats/within_groups": first.get("group_diversity"), **history[0]}
         for alarm in alarms(history, trained):
             parts.run.log_event("warning", f"step {step}: {alarm}")
             parts.console.log(f"warning: {alarm}")

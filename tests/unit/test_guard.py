@@ -15,7 +15,7 @@ from unified_rl import guard
 from unified_rl.assemble import Parts
 from unified_rl.data.prompts import evaluation_prompts
 from unified_rl.errors import ExploitedError, RecipeError
-from unified_rl.guard import statistics
+from unified_rl.guard import statistics, within_groups
 from unified_rl.rewards.scoring import reward_of
 from unified_rl.run_folder.checkpoint import list_checkpoints
 from unified_rl.run_folder.export import choose
@@ -47,6 +47,39 @@ def test_pictures_by_hand() -> None:
     assert statistics(shown(black, white))["diversity"] == pytest.approx(1.0), "root mean square of their difference"
     ramp = np.tile(np.linspace(0, 255, 64), (64, 1))
     assert statistics(shown(np.stack([ramp] * 3, -1)))["high_frequencies"] < 0.05
+
+
+def test_pictures_of_one_prompt_by_hand() -> None:
+    black, white = np.zeros((8, 8, 3)), np.full((8, 8, 3), 255)
+    completions = [*shown(black, white, white, white, black), *said("a")]
+    total, groups = within_groups(completions, [0, 1, 0, 1, 2, 2])
+    assert (total, groups) == (pytest.approx(1.0), 2), "black and white differ, white and white do not, one is no group"
+
+
+def test_all_samples_of_a_prompt_alike_give_an_alarm(tmp_path: Path) -> None:
+    """Different prompts still differ, so only the rollouts show it; the first one is the base model's."""
+    policy = Bandit([0.0, 0.0])
+    parts = build_parts(tmp_path, policy, num_steps=2, evaluation={"every": 1})
+    draw = policy.sample
+
+    def sample(prompts: Sequence[Any], evaluation: bool = False) -> Any:
+        trajectory = draw(prompts, evaluation=evaluation)
+        levels = [0 if policy.rollout else 255 * (row % 2) for row in range(len(prompts))]
+        return replace(trajectory, completions=shown(*(np.full((8, 8, 3), level) for level in levels)))
+
+    policy.sample = sample  # type: ignore[method-assign]
+    rewards = [reward_of(lambda completions, **_: [float(i % 2) for i in range(len(completions))], name="toy:r")]
+    parts = replace(parts, rewards=rewards, exam=[replace(p, group_id=i) for i, p in enumerate(prompts_of(parts))])
+    run_loop(parts, start(parts, "never"), StopSignal())
+    rows = [json.loads(line) for line in (parts.run.path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["group_diversity"] > 0.5 and rows[1]["group_diversity"] == 0.0
+    events = (parts.run.path / "events.jsonl").read_text()
+    assert "step 2: the difference between samples of one prompt went from" in events
+    assert "step 1: the difference between samples of one prompt" not in events
+
+
+def prompts_of(parts: Parts) -> list[Any]:
+    return list(parts.sampler.rollout(0, rank=0, world_size=1)[:2])
 
 
 def test_texts_by_hand() -> None:
