@@ -13,6 +13,8 @@ from unified_rl.planning.planner import Model, need
 from unified_rl.recipe.schema import EngineBlock, Optimizer
 
 WIDTH, LAYERS = 768, 8
+SIZE = LAYERS * (WIDTH * WIDTH + WIDTH)
+MODEL = Model(trained=SIZE, module=SIZE, beside=0, frozen_bytes=4, trained_bytes=4)
 ALL_SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
@@ -43,13 +45,11 @@ def held(stage: int, offload: str) -> int:
 
 def main() -> None:
     distributed.initialise(300)
-    size = LAYERS * (WIDTH * WIDTH + WIDTH)
-    model = Model(trained=size, module=size, beside=0, frozen_bytes=4, trained_bytes=4)
     found = {cut: held(*cut) for cut in CUTS}
     if distributed.is_main():
-        print(f"{size / 1e6:.1f} M float32 parameters, {distributed.world_size()} processes; MiB of one of them")
+        print(f"{SIZE / 1e6:.1f} M float32 parameters, {distributed.world_size()} processes; MiB of one of them")
         for (stage, offload), measured in found.items():
-            predicted = need(model, stage, distributed.world_size(), 1, offload)
+            predicted = need(MODEL, stage, distributed.world_size(), 1, offload)
             planned = predicted.weights + predicted.optimizer + predicted.host
             print(
                 f"ZeRO-{stage}, offload {offload:<9}: {measured / 2**20:7.1f} measured, {planned / 2**20:7.1f} planned,"
