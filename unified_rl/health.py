@@ -38,10 +38,9 @@ class Health:
         self._clip = min((min(each.clip_low, each.clip_high) for each in clipped), default=math.inf)
         # With one update a rollout every ratio is 1, and no clip acts.
         self._clips = recipe.updates_per_rollout > 1
-        families = {recipe.policy.family_of(name) for name in recipe.objective}
         # A distance of predictions is in no nats; one that large is no better.
         distance = any(each.kl.coef > 0 and each.kl.estimator == "prediction" for each in recipe.objective.values())
-        self._max_kl = MAX_MEAN_KL if families == {"diffusion"} and not distance else MAX_KL
+        self._max_kl = MAX_MEAN_KL if recipe.log_probs_are_means and not distance else MAX_KL
         self._unit = "nats a dim and step" if self._max_kl is MAX_MEAN_KL else "nats a step"
         self._grouped = recipe.group_size > 1
         self._flat = self._sparse = self._blind = 0

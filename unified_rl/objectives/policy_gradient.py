@@ -139,13 +139,11 @@ def policy_loss(
         step_std=None if step_std is None else step_std.detach().expand_as(ratio).masked_fill(~loss_mask, 1.0),
     )
     per_step = function(terms).masked_fill(~loss_mask, 0.0)
-    with torch.no_grad():
-        bounded = bounded_shares(loss, terms, loss_mask) if isinstance(loss, str) else None
     return PolicyLoss(
         per_step=per_step,
         ratio=ratio.masked_fill(~loss_mask, 1.0),
         overflow=(log_ratio.detach().abs() >= MAX_LOG_RATIO) & loss_mask,
-        bounded=bounded,
+        bounded=bounded_shares(loss, terms, loss_mask),
     )
 
 
@@ -312,8 +310,9 @@ def dppo_loss(ratio: Tensor, advantages: Tensor, old_kl: Tensor, max_divergence:
     return (-ratio * advantages).masked_fill((old_kl.detach() >= max_divergence) & outwards, 0.0)
 
 
-def bounded_shares(loss: str, terms: StepTerms, loss_mask: Tensor) -> tuple[Tensor, Tensor] | None:
-    """`PolicyLoss.bounded` of a loss of ours."""
+@torch.no_grad()
+def bounded_shares(loss: str | LossFunction, terms: StepTerms, loss_mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`PolicyLoss.bounded`; None also for a loss from elsewhere."""
     if loss in ("clip", "guard"):
         ratio = terms.ratio if loss == "clip" else guard_ratio(terms)
         return clip_fractions(ratio, terms.advantages, loss_mask, terms.clip_low, terms.clip_high)

@@ -211,6 +211,11 @@ class Recipe(Block):
         return self
 
     @property
+    def log_probs_are_means(self) -> bool:
+        """Whether every trained step is Gaussian, with a log-prob that is a mean over its latent dims."""
+        return {self.policy.family_of(name) for name in self.objective} == {"diffusion"}
+
+    @property
     def kl_reference(self) -> str | None:
         """The copy of the trained weights that divergences are measured from; None: the base model."""
         named = {objective.kl.reference for objective in self.objective.values() if objective.kl.coef > 0} - {"base"}
