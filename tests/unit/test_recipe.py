@@ -92,7 +92,7 @@ def test_dump_reads_back_equal(raw, tmp_path, preset):
     raw["objective"] = (
         {"preset": preset, "advantage_clip": 3.0} if preset else {"image": {"loss": "cispo", "clip_high": 5.0}}
     )
-    if preset in ("gspo", "gspo_token", "luspo", "vespo", "trl_rloo", "dpo"):  # for tokens
+    if preset in ("gspo", "gspo_token", "luspo", "vespo", "trl_rloo", "drpo", "dpo"):  # for tokens
         (tmp_path / "model/model_index.json").rename(tmp_path / "model/config.json")
     if preset in ("bicot_grpo", "uni_grpo"):
         raw["policy"] = {"model": "model", "family": "image_tokens" if preset == "bicot_grpo" else "masked_diffusion"}
