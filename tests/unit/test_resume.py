@@ -58,6 +58,19 @@ def test_how_the_work_is_cut_may_change(stopped, tmp_path):
     assert start(parts, "auto").step == 2
 
 
+def test_a_run_that_is_made_longer_is_one_that_was_longer_at_once(tmp_path):
+    weights = []
+    for name, lengths in (("at once", [4]), ("twice", [2, 4])):
+        for num_steps in lengths:
+            policy = Bandit([0.0, 0.0])
+            parts = build_parts(tmp_path / name, policy, num_steps=num_steps, checkpoint={"every": 9})
+            assert run_loop(parts, start(parts, "auto"), StopSignal()) == 0
+            parts.run.close()
+        weights.append(policy.module.weight.detach())
+    assert torch.equal(*weights) and weights[0].abs().max() > 0.1
+    assert "resumed with another num_steps: 2 -> 4" in messages(parts)
+
+
 def test_a_longer_run_is_another_one_where_the_learning_rate_decays(stopped, tmp_path):
     allowed = ["optimizer.decay"]
     parts = changed(stopped, tmp_path, num_steps=9, optimizer={"lr": 0.05, "decay": "linear"})
