@@ -120,6 +120,9 @@ def test_preferences_are_learned_and_the_folder_is_a_reward(
     ):
         with pytest.raises(RecipeError, match=f"^rewards.0.name: {reason}"):
             load_rewards([RewardBlock(name=name)])
+    monkeypatch.chdir(taste.parent)
+    with pytest.raises(RecipeError, match=r"^rewards.0.name: taste is a folder; write \./taste"):
+        load_rewards([RewardBlock(name="taste")])
 
 
 def test_scores_are_learned(world: Path, tmp_path: Path) -> None:

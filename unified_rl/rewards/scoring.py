@@ -282,6 +282,8 @@ def reference_of(name: str, where: str) -> str:
     if name.endswith(".py"):
         raise RecipeError(f"{where}: {name} is a file; add the name of its function, as in {name}:reward")
     known = list_rewards()
+    if name not in known and (Path(name) / "reward.json").is_file():
+        raise RecipeError(f"{where}: {name} is a folder; write ./{name}")
     if name not in known:
         raise RecipeError(f"{where}: no reward {name!r}{nearest(name, list(known))}")
     return known[name]
