@@ -119,9 +119,9 @@ SETTINGS = {
         target=0.95,
         presets=("diffusion_nft", "awm", "dgpo", "diffusion_dpo", "rwr", "best_of_n"),
         changes={"awm": ("objective.kl.coef=0.001",)},
-        note="One update a rollout. `awm` has a divergence of 0.001, a fifteenth of its preset's. `diffusion_dpo`, which"
-        " learns from two of eight samples, rises and is not there after 768; why `rwr` and `best_of_n` do not rise from"
-        " a model's own pictures is in [objectives.md](objectives.md).",
+        note="One update a rollout. `awm` has a divergence of 0.001, a fifteenth of its preset's. `diffusion_dpo`,"
+        " which learns from two of eight samples, rises and is not there after 768; why `rwr` and `best_of_n` do not"
+        " rise from a model's own pictures is in [objectives.md](objectives.md).",
     ),
     "gradient": Setting(
         title="Gradients of a reward: the same model, judged by the same score",
