@@ -1,10 +1,12 @@
 """Predictions for finished samples that were noised again, and pictures with gradients, through whole pipelines."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_replay import diffusion_policy, image_prompts
 
 from tests.contract.pipelines.build import Case
 from tests.contract.pipelines.cases import CASES
@@ -72,6 +74,28 @@ def test_a_prediction_is_the_denoisers_own(name: str):
             predicted - clean, seen.clean_scale * (seen.output - seen.target), atol=1e-4, rtol=1e-4
         )
     hook.remove()
+
+
+def test_a_prediction_of_v_is_what_its_scheduler_means(quickstart: Path):
+    """Of the shipped UNet: signal * noise - level * clean; a clean sample is signal * noised - level * output."""
+    policy = diffusion_policy(quickstart / "digits_unet")
+    segment = policy.sample(image_prompts("a handwritten seven", 2)).segments["image"]
+    clean = torch.stack([row[-1] for row in segment.actions["states"]]).float()
+    noise = torch.stack(
+        [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]
+    )
+    for step in (0, policy.num_levels("image", segment) - 1):
+        with torch.no_grad():
+            seen = policy.predict("image", segment, step, [5, 6])
+        level = float(seen.level)
+        signal = (1 - level**2) ** 0.5
+        torch.testing.assert_close(seen.target, signal * noise - level * clean, atol=1e-5, rtol=1e-5)
+        predicted = signal * (signal * clean + level * noise) - level * seen.output
+        expected = clean + seen.clean_scale * (seen.output - seen.target)
+        torch.testing.assert_close(predicted, expected, atol=1e-4, rtol=1e-4)
+        # The trained model knows what it is asked: far nearer to the target than the target is to nothing.
+        if step == 0:
+            assert (seen.output - seen.target).square().mean() < 0.6 * seen.target.square().mean()
 
 
 def test_a_loop_that_changes_its_latents_is_refused():
