@@ -3,6 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+PINNED = {
+    "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
+    "google/siglip-so400m-patch14-384": "9fdffc58afc957d1a03a25b10dba0329ab15c2a3",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "THUDM/ImageReward": "5736be03b2652728fb87788c9797b0570450ab72",
+    "xswu/HPSv2": "697403c78157020a1ae59d23f111aa58ced35b0a",
+    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
+}
+"""The commits that rewards take their usual models at, where a recipe names none."""
+
 
 def from_pretrained(
     cls: Any,
@@ -39,14 +50,16 @@ def from_pretrained(
 
 
 def pinned(model: str, revision: str | None) -> str | None:
-    """The revision to ask the hub for.
+    """The revision to ask the hub for; None for a folder.
 
     Raises:
-        ValueError: for a hub name without one, because what it names may change any day.
+        ValueError: for a hub name without one that is not in PINNED, because what it names may change any day.
     """
-    if revision is None and not Path(model).is_dir():
+    if revision is not None or Path(model).is_dir():
+        return revision
+    if model not in PINNED:
         raise ValueError(f"{model} is taken from the hub: pin it with the argument revision (a commit's hash)")
-    return revision
+    return PINNED[model]
 
 
 def tensors_of(file: str) -> dict[str, Any]:

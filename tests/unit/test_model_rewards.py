@@ -1,5 +1,6 @@
 """Rewards with a model behind them: tiny random ones of the same architecture, and numbers computed by hand."""
 
+import inspect
 import json
 import math
 import threading
@@ -32,6 +33,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from reward_models.aesthetic import AestheticV25, LaionAesthetic
 from reward_models.dual_encoder import ClipScore, Hps, ImageSimilarity, PickScore, SiglipScore, from_open_clip
+from reward_models.image_reward import ImageReward
+from reward_models.loading import PINNED
 from reward_models.meaning import SameMeaning
 from reward_models.tensor_pictures import prepared
 from reward_models.vlm_judge import ChatJudge, YesProbability, data_uri, yes_share
@@ -101,9 +104,31 @@ def test_clip_score_and_pick_score(clip: Path) -> None:
     assert ClipScore(str(clip))(messages, pictures()) == pytest.approx(scores, abs=1e-5), "of chat messages the text"
 
 
-def test_hub_models_have_to_be_pinned() -> None:
-    with pytest.raises(ValueError, match="pin it with the argument revision"):
-        ClipScore()
+def test_hub_models_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="some/clip is taken from the hub: pin it with the argument revision"):
+        ClipScore("some/clip")
+    asked: list[tuple[str, str]] = []
+
+    def from_hub(name: str, *, revision: str, **keys: Any) -> None:
+        asked.append((name, revision))
+        raise ConnectionError
+
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", from_hub)
+    for reward, keys in ((ClipScore, {}), (PickScore, {"revision": "abc"})):
+        with pytest.raises(ConnectionError):
+            reward(**keys)  # type: ignore[operator]
+    assert asked == [
+        ("openai/clip-vit-large-patch14", PINNED["openai/clip-vit-large-patch14"]),
+        ("yuvalkirstain/PickScore_v1", "abc"),
+    ]
+    assert all(len(commit) == 40 and int(commit, 16) for commit in PINNED.values())
+    defaults = [
+        parameter.default
+        for reward in (ClipScore, PickScore, Hps, SiglipScore, AestheticV25, LaionAesthetic, ImageReward)
+        for name, parameter in inspect.signature(reward).parameters.items()
+        if name in ("model", "processor", "weights_from", "tokenizer")
+    ]
+    assert set(defaults) == set(PINNED), "what is named by default, and nothing else"
 
 
 def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
