@@ -199,11 +199,12 @@ def settings(folder: Path) -> dict:
     for stage in VARIANTS:
         results[stage, "resumed"] = resumed(stage, ranks, folder)
         results[stage, "mixed"] = {"weights": results[stage, "resumed"]["straight"]}
-        others = [other for other in VARIANTS if other != stage and (folder / other).exists()]
+        others = VARIANTS[: VARIANTS.index(stage)][-1:]
         results[stage, "crossed"] = {other: last_steps(stage, ranks, folder / other)[0] for other in others}
     for stage in OFFLOADED:
         results[stage, "resumed"] = resumed(stage, ranks, folder)
-        results[stage, "crossed"] = {"0": last_steps(stage, ranks, folder / "0")[0]}
+        if stage.endswith("offload"):
+            results[stage, "crossed"] = {"0": last_steps(stage, ranks, folder / "0")[0]}
         module, engine = build(stage)
         norms = list(train(module, engine, SPLITS["mixed"], ranks, bad_step=1))
         results[stage, "bad"] = {"weights": weights(module, engine), "norms": norms}

@@ -140,7 +140,7 @@ def test_low_precision_trains_float32_copies(results, stage):
     for name, weight in resumed["straight"].items():
         assert torch.equal(weight, resumed["again"][name]), name
     crossed = results["settings"][stage, "crossed"]
-    assert len(crossed) == worker.VARIANTS.index(stage)
+    assert len(crossed) == (stage != worker.VARIANTS[0])
     for found in crossed.values():
         error = torch.cat([(found[name].float().view_as(start[name]) - expected[name]).flatten() for name in expected])
         assert error.norm() < 0.1 * moved.norm()
@@ -155,7 +155,8 @@ def test_states_in_main_memory_train_and_resume_the_same(results, stage):
     assert resumed["norms"][0] == resumed["norms"][1] == pytest.approx(norms[2:], rel=TOLERANCE)
     for name, weight in resumed["straight"].items():
         assert torch.equal(weight, resumed["again"][name]), name
-    assert_equal_weights(results["settings"][stage, "crossed"]["0"], expected)
+    if stage.endswith("offload"):
+        assert_equal_weights(results["settings"][stage, "crossed"]["0"], expected)
     weights, norms = local(worker.SPLITS["mixed"], bad_step=1)
     bad = results["settings"][stage, "bad"]
     assert [math.isfinite(norm) for norm in bad["norms"]] == [True, False, True, True, True]

@@ -19,7 +19,7 @@ from unified_rl.errors import RecipeError
 from unified_rl.recipe.file import parse_recipe
 from unified_rl.recipe.schema import EngineBlock, Optimizer
 
-WIDTH, LAYERS = 1024, 6
+WIDTH, LAYERS = 1024, 4
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
