@@ -8,14 +8,21 @@ import pytest
 import torch
 from diffusers import (
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
 
-from unified_rl.policies.scheduler_head import SamplePass, SchedulerHead, stochastic_scheduler
+from unified_rl.policies.scheduler_head import (
+    SamplePass,
+    SchedulerHead,
+    UnsupportedPipelineError,
+    stochastic_scheduler,
+)
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -36,6 +43,57 @@ def test_spacing_is_the_original_classs_default(cls, spacing, first):
     twin.set_timesteps(5)
     assert twin.config.timestep_spacing == spacing and int(twin.timesteps[0]) == first
     assert twin.alphas_cumprod.equal(scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_karras_sigmas": True}])
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+@pytest.mark.parametrize("cls", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler])
+def test_a_solver_s_times_are_kept(cls, spacing: str, keys: dict):
+    """PixArt's DPM-Solver never comes to time 0; Karras sigmas crowd at the end."""
+    scheduler = cls.from_config({**BETAS, "timestep_spacing": spacing, **keys})
+    twin = stochastic_scheduler(scheduler, "ddim", SchedulerHead())
+    scheduler.set_timesteps(10)
+    twin.set_timesteps(10)
+    assert twin.timesteps.tolist() == scheduler.timesteps.round().int().tolist()
+    assert twin.final_alpha_cumprod == 1.0, "and their last sigma is zero"
+
+
+@pytest.mark.parametrize("cls", [HeunDiscreteScheduler, PNDMScheduler])
+def test_a_solver_of_two_calls_a_step_is_spaced_as_its_config_says(cls):
+    twin = stochastic_scheduler(cls.from_config({**BETAS, "timestep_spacing": "trailing"}), "ddim", SchedulerHead())
+    twin.set_timesteps(4)
+    assert twin.timesteps.tolist() == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0])
+@pytest.mark.parametrize("cls", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_a_multistep_solver_s_flow_schedule_is_kept(cls, shift: float, drawn: tuple[Tensor, Tensor]):
+    """Wan's and Sana's, whose last step is a quarter of the way. Without noise a twin takes Euler steps along it."""
+
+    def scheduler() -> Any:
+        return cls(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+    own, head, (velocity, latents) = scheduler(), SchedulerHead(), drawn
+    twin = stochastic_scheduler(scheduler(), "flow_sde", head)
+    own.set_timesteps(10)
+    twin.set_timesteps(10)
+    assert twin.sigmas.equal(own.sigmas) and twin.timesteps.equal(own.timesteps) and twin.sigmas[-2] > 0.2
+    for noise_level in (0.0, 0.7):
+        twin.set_timesteps(10)
+        head.begin(tape := SamplePass(seeds=[3, 4]), noise_level=noise_level, noisy=[0])
+        state = latents
+        for timestep in twin.timesteps:
+            state = twin.step(velocity, timestep, state, return_dict=False)[0]
+        if noise_level == 0.0:
+            torch.testing.assert_close(state, latents - own.sigmas[0] * velocity, rtol=1e-5, atol=1e-5)
+    # std = 0.7 sqrt(1 / (1 - sigma_1)) sqrt(1 - sigma_1)
+    assert tape.log_probs[0].mean().item() == pytest.approx(-0.5 - np.log(0.7 * np.sqrt(2 * np.pi)), abs=0.3)
+
+
+def test_a_flow_prediction_over_other_sigmas_is_refused():
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction")
+    with pytest.raises(UnsupportedPipelineError, match="no transition kernel for this scheduler"):
+        stochastic_scheduler(scheduler, "auto", SchedulerHead())
 
 
 def stepped(scheduler: Any, output: Tensor, latents: Tensor, noise_level: float, kernel: str = "auto") -> list[Tensor]:

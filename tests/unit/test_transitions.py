@@ -127,6 +127,19 @@ def test_first_step_of_flow_sde_uses_the_second_sigma() -> None:
     torch.testing.assert_close((mean, std), (row(0.355), torch.tensor(0.7, dtype=torch.float64)))
 
 
+@pytest.mark.parametrize("first", [1.0 - 6e-8, 1.0 + 1.2e-7, 0.9997])
+def test_a_first_sigma_beside_1_is_that_of_pure_noise(first: float) -> None:
+    """Rounding: shifts of 2.11 and 8.39 in diffusers' flow scheduler. 0.9997: the flow schedule of DPM-Solver++."""
+    _, std = flow_sde.transition(row(2.0), row(1.0), sigma=first, next_sigma=0.8, second_sigma=0.8, noise_level=0.7)
+    assert float(std) == pytest.approx(0.7, rel=1e-3)
+
+
+def test_only_the_first_step_of_flow_sde_uses_the_second_sigma() -> None:
+    schedule = {"sigma": 0.9985, "next_sigma": 0.9, "noise_level": 0.7}  # as in a long schedule with a large shift
+    _, std = flow_sde.transition(row(2.0), row(1.0), second_sigma=0.9985, **schedule)
+    assert float(std) == pytest.approx(0.7 * math.sqrt(0.9985 / 0.0015 * 0.0985))
+
+
 def test_dance_sde_by_hand() -> None:
     # clean 1.5, score -(2 - 0.5 * 1.5) / 0.25 = -5; mean 2 - 0.25 * 1 - 0.25 * 0.045 * 5.
     mean, std = dance_sde.transition(row(1.0), row(2.0), sigma=0.5, next_sigma=0.25, noise_level=0.3)

@@ -5,6 +5,7 @@ pipeline's loop is driven by a `Pass`: `SamplePass` draws and records, `ReplayPa
 and scores those that were asked for.
 """
 
+import copy
 import functools
 import itertools
 from collections.abc import Collection, Sequence
@@ -15,15 +16,22 @@ from diffusers import (
     CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
     DDPMWuerstchenScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from unified_rl.errors import RecipeError
 from unified_rl.policies.noise_plan import stored_steps
 from unified_rl.policies.scheduler_steps import JUMPS, STEPS, Step, Transition
 from unified_rl.transitions import gaussian
@@ -38,11 +46,21 @@ KERNELS = {
 """Transition kernels by family of schedulers; the first is the family's own choice."""
 EDM = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler, CosineDPMSolverMultistepScheduler)
 EULER = (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler)
+SPACED = (
+    *EULER,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    LMSDiscreteScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
+)
+"""Those that evaluate the denoiser once a step, at times that DDIM would not choose."""
 MIN_STD = 1e-6
 """A step with less noise than this counts as deterministic: there is nothing to score."""
 
 
-class UnsupportedPipelineError(ValueError):
+class UnsupportedPipelineError(RecipeError):
     """This pipeline cannot be replayed exactly, so it is refused rather than trained wrongly."""
 
 
@@ -279,7 +297,7 @@ def family_of(scheduler: Any) -> str:
             raise UnsupportedPipelineError(f"{name}: stochastic_sampling has no flow_sde density")
         # Cosmos's pipelines set this limit: their states are clean + sigma * noise, with sigmas that a flow has not.
         return "exploding" if config.get("sigma_max", 1.0) > 1.0 else "flow"
-    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+    if config.get("use_flow_sigmas"):
         return "flow"
     known = config.get("prediction_type") in ("epsilon", "v_prediction", "sample")
     if "beta_schedule" in config and known and "original_inference_steps" not in config:
@@ -308,10 +326,7 @@ def stochastic_scheduler(scheduler: Any, kernel: str, head: SchedulerHead) -> An
     config = dict(scheduler.config)
     step = STEPS["exploding" if head.kernel == "ancestral" else family]
     twin: Any
-    if family == "flow" and not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        flow_class = _subclass(FlowMatchEulerDiscreteScheduler, step, head)
-        twin = flow_class(shift=config.get("flow_shift") or 1.0, num_train_timesteps=config["num_train_timesteps"])
-    elif family == "betas" and head.kernel == "ddim":
+    if family == "betas" and head.kernel == "ddim":
         twin = _ddim_twin(scheduler, step, head)
     else:
         twin = _subclass(type(scheduler), step, head).from_config(config)  # type: ignore[attr-defined]
@@ -324,14 +339,34 @@ def _ddim_twin(scheduler: Any, step: Step, head: SchedulerHead) -> Any:
     """A DDIM scheduler with another one's noise schedule and spacing."""
     config = dict(scheduler.config)
     config.setdefault("clip_sample", False)  # PNDM, Euler and DPM configs lack it and never clip
-    config.setdefault("set_alpha_to_one", False)
+    config.setdefault("set_alpha_to_one", config.get("final_sigmas_type") == "zero")
     config.setdefault("timestep_spacing", "linspace")  # unCLIP has no other
     if config["beta_schedule"] == "exp":  # Shap-E's, which DDIM does not know by name
         config["trained_betas"] = scheduler.betas.tolist()
     # What a checkpoint left to its own class's defaults must not fall back to DDIM's (Euler's spacing is another).
     config["_use_default_values"] = []
-    twin: Any = _subclass(DDIMScheduler, step, head).from_config(config)  # type: ignore[attr-defined]
+    twin: Any = _subclass(_spaced_as(scheduler), step, head).from_config(config)  # type: ignore[attr-defined]
     # CogVideoX shifts its signal-to-noise ratio on top of its betas.
     twin.alphas_cumprod = scheduler.alphas_cumprod.clone()
     twin.final_alpha_cumprod = torch.tensor(1.0) if config["set_alpha_to_one"] else twin.alphas_cumprod[0]
     return twin
+
+
+def _spaced_as(scheduler: Any) -> type:
+    """A DDIM scheduler class over another one's timesteps, to whole numbers: multistep solvers space theirs in another
+    way, and sigmas may be Karras's. Where two of them round to the same one, DDIM spaces them as the config says."""
+    if not isinstance(scheduler, SPACED):
+        return DDIMScheduler
+    own: Any = copy.deepcopy(scheduler)
+    base = DDIMScheduler.set_timesteps
+
+    class Spaced(DDIMScheduler):
+        @functools.wraps(base)
+        def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+            base(self, num_inference_steps, device=device)
+            own.set_timesteps(num_inference_steps, device=device)
+            times = own.timesteps.round().long()
+            if bool((times.diff() < 0).all()):
+                self.timesteps = times
+
+    return Spaced

@@ -66,7 +66,7 @@ def flow_step(scheduler: Any, head: Noise, model_output: Tensor, timestep: Any, 
     """A rectified flow: the model predicts noise - clean."""
     index = _advance(scheduler, timestep)
     sigmas, velocity = scheduler.sigmas, model_output
-    if scheduler.config.invert_sigmas:  # the clean sample's share, rising to 1 (Mochi), and clean - noise
+    if scheduler.config.get("invert_sigmas", False):  # the clean sample's share, rising to 1 (Mochi), and clean - noise
         sigmas, velocity = 1 - sigmas, -velocity
 
     def law() -> tuple[Tensor, Tensor]:

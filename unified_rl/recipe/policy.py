@@ -35,6 +35,20 @@ class NoiseShift(Block):
     threshold: int = Field(default=13, ge=0)
 
 
+OF_THE_POLICY = {
+    "prompt": "the rows of data bring it",
+    "generator": "rows have seeds of their own, from the recipe's seed",
+    "num_inference_steps": "it is a key of sampling itself",
+    "num_images_per_prompt": "group_size says how many samples a prompt has",
+    "num_videos_per_prompt": "group_size says how many samples a prompt has",
+    "num_waveforms_per_prompt": "group_size says how many samples a prompt has",
+    "return_dict": "leave it out",
+}
+"""Arguments of a pipeline's call that a policy sets by itself, and what to do instead."""
+SHARES = ("cps", "ancestral", "renoise")
+"""Kernels whose noise level is a share, at most 1."""
+
+
 class DiffusionSampling(Block):
     """The behaviour policy of a diffusers pipeline."""
 
@@ -66,6 +80,11 @@ class DiffusionSampling(Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DiffusionSampling":
+        for key, instead in OF_THE_POLICY.items():
+            if key in self.call:
+                raise ValueError(f"call: {key} is not given here; {instead}")
+        if self.kernel in SHARES and self.noise_level > 1:
+            raise ValueError(f"noise_level: {self.kernel} takes a share of the noise, at most 1")
         first, stop = self.noise_range or (0, self.num_inference_steps)
         if not 0 <= first < stop <= self.num_inference_steps:
             raise ValueError(

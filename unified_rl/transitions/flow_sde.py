@@ -5,6 +5,10 @@ from torch import Tensor
 
 from unified_rl.transitions.gaussian import at_least_float32
 
+PURE_NOISE = 0.998
+"""A schedule that begins above this begins with noise alone: rounding may leave its first sigma a little beside 1, and
+the multistep solvers' flow schedules begin up to 0.001 below."""
+
 
 def transition(
     velocity: Tensor,
@@ -18,12 +22,14 @@ def transition(
     """Mean and standard deviation of Flow-GRPO's step (Liu et al. 2025, arXiv 2505.05470, eq. 9).
 
     The diffusion is noise_level * sqrt(sigma / (1 - sigma)). It diverges at sigma = 1, where the second sigma of the
-    schedule stands in (in the square root's denominator only), as the authors' code does.
+    schedule stands in (in the square root's denominator only), as the authors' code does; here also for a first sigma
+    above `PURE_NOISE`.
 
     Args:
         velocity: [B, ...] the model's prediction of noise - clean.
         latents: [B, ...].
-        sigma, next_sigma: noise level of this state and of the next one, in (0, 1] and [0, 1), falling.
+        sigma, next_sigma: noise level of this state and of the next one, in (0, 1] and [0, 1), falling; rounding may
+            put the first one above 1.
         second_sigma: the schedule's second value, below 1.
         noise_level: Flow-GRPO's a; 0 is the plain Euler step of the ODE, with std 0.
 
@@ -34,7 +40,8 @@ def transition(
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=latents.device)
     second_sigma = torch.as_tensor(second_sigma, dtype=torch.float64, device=latents.device)
-    divergence = 1.0 - torch.where(sigma == 1.0, second_sigma, sigma)
+    # Of all sigmas only the first one is above the second.
+    divergence = 1.0 - torch.where(sigma > PURE_NOISE, torch.minimum(sigma, second_sigma), sigma)
     return reverse_sde(
         velocity, latents, sigma=sigma, next_sigma=next_sigma, diffusion=noise_level * (sigma / divergence).sqrt()
     )
