@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -11,7 +12,7 @@ from PIL import Image
 from unified_rl.data.prompts import PromptSampler
 from unified_rl.data.sources import load_rows
 from unified_rl.errors import RecipeError
-from unified_rl.policies.conditions import check_batches, check_columns
+from unified_rl.policies.conditions import check_batches, check_call, check_columns
 from unified_rl.policies.pipeline_call import call_arguments
 from unified_rl.recipe.policy import DiffusionSampling, PolicyBlock
 from unified_rl.recipe.schema import EngineBlock
@@ -82,6 +83,38 @@ def test_conditions_that_fit_pass():
     check("FluxKontextPipeline", {"prompt": "p"}, {"prompt": "q", "image": 0})
     check("WanImageToVideoPipeline", {"prompt": "p", "images": [0], "last_image": 0})
     check("DiTPipeline", {"prompt": "p"}, class_labels=[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "exam", "message"),
+    [
+        (
+            {"guidance_scal": 3.0},
+            {},
+            "policy.sampling.call: FluxPipeline takes no argument 'guidance_scal'; did you mean",
+        ),
+        ({}, {"call": {"image": 1}}, "evaluation.sampling.call: FluxPipeline takes no argument 'image'"),
+        ({"guidance_scale": 3.0}, {"call": {"height": 8}}, None),
+    ],
+)
+def test_settings_that_a_call_does_not_have_are_refused_before_it_loads(
+    tmp_path: Path, call: dict, exam: dict, message: str | None
+):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    block = PolicyBlock(model=str(tmp_path), family="diffusion", sampling=DiffusionSampling(call=call))
+    with pytest.raises(RecipeError, match=message) if message else nullcontext():
+        check_call(block, exam)
+
+
+def test_one_negative_prompt_of_the_recipe_is_that_of_every_row(tmp_path: Path):
+    """Many calls want as many as prompts; a row's own wins."""
+    rows = load_rows(dataset(tmp_path, {"prompt": "p"}), "data.prompts")
+    prompts = PromptSampler(rows, seed=0, group_size=2, prompts_per_step=1).rollout(0, rank=0, world_size=1)
+    settings = {"negative_prompt": "blurry", "output_type": "pt"}
+    given = call_arguments(diffusers.StableDiffusionPipeline, prompts, settings)
+    assert given["negative_prompt"] == ["blurry"] * 2 and given["output_type"] == "pt"
+    own = [replace(prompt, columns={"negative_prompt": "dark"}) for prompt in prompts]
+    assert call_arguments(diffusers.StableDiffusionPipeline, own, settings)["negative_prompt"] == ["dark"] * 2
 
 
 @pytest.mark.parametrize(

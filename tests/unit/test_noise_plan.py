@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from tests.unit.toys import Bandit, again, build_parts
-from unified_rl.policies.noise_plan import group_seed, noisy_steps, stored_steps, window_start
+from unified_rl.errors import RecipeError
+from unified_rl.policies.noise_plan import check_plan, group_seed, noisy_steps, stored_steps, window_start
 from unified_rl.recipe.policy import DiffusionSampling, NoiseShift
 from unified_rl.train import Position, StopSignal, run_loop, start
 
@@ -83,6 +84,19 @@ def test_what_a_replay_needs():
 def test_impossible_plans_are_refused(keys: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         plans([0], **keys)
+
+
+def test_a_loop_that_is_shorter_than_its_plan_is_refused_at_once():
+    """Of a picture and strength 0.5; else a window would leave the loop in the middle of a run."""
+    window = DiffusionSampling(num_inference_steps=10, noise_steps=2, noise_place="window")
+    with pytest.raises(RecipeError, match=r"noise_place window may choose .* 0 to 9, but the loop has 5 .* say .0, 5."):
+        check_plan(window, 5, noisy=2)
+    check_plan(window, 10, noisy=2)
+    check_plan(window.model_copy(update={"noise_range": (0, 5)}), 5, noisy=2)
+    check_plan(DiffusionSampling(num_inference_steps=10), 5, noisy=5)
+    check_plan(DiffusionSampling(num_inference_steps=10, noise_level=0.0), 5, noisy=0)
+    with pytest.raises(RecipeError, match="none of the 5 steps of the loop is noisy; see noise_range"):
+        check_plan(DiffusionSampling(num_inference_steps=10, noise_range=(7, 9)), 5, noisy=0)
 
 
 class Counting(Bandit):

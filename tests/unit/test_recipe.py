@@ -123,6 +123,11 @@ def test_objectives_that_a_family_cannot_train_are_refused(raw, tmp_path):
     [
         ("num_stepz=3", "num_stepz: unknown key; did you mean 'num_steps'?"),
         ("optimizer.lrr=3", "optimizer.lrr: unknown key; did you mean 'lr'?"),
+        (
+            "policy.sampling.call={num_inference_steps: 4}",
+            "policy.sampling.call: num_inference_steps is not given here; it is a key of sampling itself",
+        ),
+        ("policy.sampling={kernel: cps, noise_level: 1.2}", "policy.sampling.noise_level: cps takes a share"),
         ("policy.sampling.noise_levl=1", "policy.sampling.noise_levl: unknown key; did you mean 'noise_level'?"),
         (
             "evaluation.sampling.noise_levl=0",

@@ -77,12 +77,14 @@ def check_rows(recipe: "Recipe", rows: Sequence[Mapping[str, Any]], where: str) 
         where: the recipe key of the rows, for instance "data.prompts"; errors begin with it.
 
     Raises:
-        RecipeError: if a pipeline has no argument for a condition, needs one that rows lack, or takes one row a call.
+        RecipeError: if a pipeline has no argument for a condition or a setting, needs one that rows lack, or takes one
+            row a call.
     """
     if recipe.policy.family == "diffusion":
-        from unified_rl.policies.conditions import check_batches, check_conditions
+        from unified_rl.policies.conditions import check_batches, check_call, check_conditions
 
         _quiet_libraries()
+        check_call(recipe.policy, recipe.evaluation.sampling)
         check_conditions(recipe.policy, rows, where)
         check_batches(recipe.policy, recipe.engine)
 

@@ -49,6 +49,27 @@ def check_conditions(block: PolicyBlock, rows: Sequence[Mapping[str, Any]], wher
         check_columns(kind, rows, settings=block.sampling.call, where=where)
 
 
+def check_call(block: PolicyBlock, exam: Mapping[str, Any]) -> None:
+    """Refuse arguments that the pipeline's call does not have.
+
+    Args:
+        exam: evaluation's changes to the sampling.
+
+    Raises:
+        RecipeError: naming the argument.
+    """
+    assert isinstance(block.sampling, DiffusionSampling)
+    kind = _class_of(block)
+    if kind is None:
+        return
+    parameters = list(inspect.signature(kind.__call__).parameters)
+    for where, call in (("policy", block.sampling.call), ("evaluation", exam.get("call", {}))):
+        for key in call:
+            if key not in parameters:
+                hint = nearest(key, parameters[1:])
+                raise RecipeError(f"{where}.sampling.call: {kind.__name__} takes no argument {key!r}{hint}")
+
+
 def check_batches(block: PolicyBlock, engine: EngineBlock) -> None:
     """Refuse batches for a class that takes one row a call.
 

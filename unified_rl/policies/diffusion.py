@@ -24,7 +24,7 @@ from unified_rl.policies.denoisers import Denoisers
 from unified_rl.policies.denoising import PredictPass, first_latents
 from unified_rl.policies.encoders import Encoders
 from unified_rl.policies.latent_states import StartPass, latent_states
-from unified_rl.policies.noise_plan import group_seed, noisy_steps, shares_initial_noise
+from unified_rl.policies.noise_plan import check_plan, group_seed, noisy_steps, shares_initial_noise
 from unified_rl.policies.pipeline_call import call_arguments, generators, rows_of
 from unified_rl.policies.pipeline_table import refusal, takes_one_row
 from unified_rl.policies.probing import UNGUIDED, UNGUIDED_REMEDY, float32_probes, switched_off, without_guidance
@@ -39,7 +39,7 @@ from unified_rl.policies.scheduler_head import (
     stored_states,
 )
 from unified_rl.protocols import Probe
-from unified_rl.recipe.policy import DiffusionSampling, PolicyBlock
+from unified_rl.recipe.policy import SHARES, DiffusionSampling, PolicyBlock
 from unified_rl.types import Completion, Denoised, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
 SEGMENT = "image"
@@ -106,6 +106,11 @@ class DiffusionPolicy:
         assert isinstance(sampling, DiffusionSampling)
         self.max_steps = {SEGMENT: sampling.num_noisy}
         self._pipeline.scheduler = stochastic_scheduler(self._pipeline.scheduler, sampling.kernel, self._head)
+        for where, settings in (("policy", sampling), ("evaluation", self._settings[True])):
+            if self._head.kernel in SHARES and settings.noise_level > 1:
+                raise UnsupportedPipelineError(
+                    f"{where}.sampling.noise_level: {self._head.kernel} takes a share of the noise, at most 1"
+                )
 
     def _begin(self, tape: Pass, settings: DiffusionSampling, noisy: list[int] | None) -> None:
         """Give the head its pass."""
@@ -165,10 +170,7 @@ class DiffusionPolicy:
             raise UnsupportedPipelineError(
                 f"{type(self._pipeline).__name__}: its loop never stepped its own scheduler (a pipeline of pipelines?)"
             )
-        if settings.noise_level > 0 and not any(tape.stochastic):
-            raise UnsupportedPipelineError(
-                f"policy.sampling: none of the {tape.step} steps of the loop is noisy; see noise_range"
-            )
+        check_plan(settings, tape.step, noisy=sum(tape.stochastic))
         if (
             not evaluation
         ):  # a loop over two schedulers, or over several stretches of a video, has more than one schedule

@@ -12,6 +12,7 @@ import hashlib
 import math
 import random
 
+from unified_rl.errors import RecipeError
 from unified_rl.recipe.policy import DiffusionSampling, NoiseShift
 
 
@@ -31,6 +32,28 @@ def noisy_steps(sampling: DiffusionSampling, *, seed: int, rollout: int) -> list
     elif sampling.noise_place == "window":
         start = window_start(sampling.noise_shift, positions, seed=seed, rollout=rollout)
     return list(steps[start : start + size])
+
+
+def check_plan(sampling: DiffusionSampling, num_steps: int, *, noisy: int) -> None:
+    """Refuse a plan that the loop cannot keep: a pipeline that starts from a picture leaves out its first steps.
+
+    Args:
+        num_steps: of the loop.
+        noisy: how many of them were stochastic in this rollout.
+
+    Raises:
+        RecipeError: at the first rollout already, whatever step it drew.
+    """
+    if sampling.noise_level == 0:
+        return
+    if noisy == 0:
+        raise RecipeError(f"policy.sampling: none of the {num_steps} steps of the loop is noisy; see noise_range")
+    first, stop = sampling.noise_range or (0, sampling.num_inference_steps)
+    if sampling.noise_place != "first" and num_steps < stop:
+        raise RecipeError(
+            f"policy.sampling.noise_range: noise_place {sampling.noise_place} may choose any step from {first} to"
+            f" {stop - 1}, but the loop has {num_steps} (strength shortens it); say [{first}, {num_steps}]"
+        )
 
 
 def window_start(shift: NoiseShift, positions: int, *, seed: int, rollout: int) -> int:

@@ -1,6 +1,7 @@
 """From prompts to the arguments of a pipeline's call, and from its output back to rows. By parameter names only."""
 
 import inspect
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from unified_rl.types import Prompt
 
 OWN = frozenset({"prompt", "generator", "num_inference_steps", "callback_on_step_end", "callback", "return_dict"})
 """Arguments that a dataset's column cannot set."""
+TEXTS = re.compile(r"negative_prompt(_\d)?|prompt_\d")
+"""Arguments that a text of the recipe is given to for every row: many calls want as many of them as prompts."""
 DENOISERS = ("transformer", "unet", "image_unet", "prior", "dit", "decoder")
 
 
@@ -42,7 +45,11 @@ def call_arguments(
     for key in arguments:
         if key not in parameters:
             raise UnsupportedPipelineError(f"{name} takes no argument {key!r}")
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, list[Any]] = {
+        key: [value] * len(prompts)
+        for key, value in settings.items()
+        if TEXTS.fullmatch(key) and isinstance(value, str)
+    }
     if "prompt" in parameters:
         # Embeddings that were computed beforehand stand in for the text, and pipelines refuse both.
         if not any(key.startswith("prompt_embeds") for key in _names(prompts)):

@@ -1,5 +1,6 @@
 """Checks across a recipe's blocks and against the files that it names, before a model is loaded; no torch."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from unified_rl.data.sources import check_source
 from unified_rl.engine.deepspeed_config import raw_config
 from unified_rl.errors import RecipeError, nearest
 from unified_rl.imports import check_import
+from unified_rl.policies.pipeline_table import refusal
 from unified_rl.recipe.advice import advice
 from unified_rl.recipe.policy import PIPELINES, DiffusionSampling, ImageTokenSampling, PolicyBlock
 from unified_rl.recipe.schema import Recipe
@@ -38,11 +40,21 @@ def _check_model(policy: PolicyBlock, key: str = "policy.model") -> list[str]:
     if folder.is_dir():
         if not (folder / needed).is_file():
             raise RecipeError(f"{key}: {folder} has no {needed}, which a {policy.family} model needs")
+        if policy.family == "diffusion":
+            _check_class(folder / needed, key)
         return []
     if folder.is_absolute() or policy.model.startswith(".") or policy.model.count("/") > 1:
         raise RecipeError(f"{key}: no folder {folder}; give one that save_pretrained wrote, or a hub name")
     pin = "" if policy.revision else "; pin it with policy.revision"
     return [f"{key}: no folder {policy.model} here, so it is taken from the hub{pin}"]
+
+
+def _check_class(index: Path, key: str) -> None:
+    """Refuse a pipeline whose class is known not to replay."""
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    reason = refusal(name) if isinstance(name, str) else None
+    if reason is not None:
+        raise RecipeError(f"{key}: {name}: {reason}")
 
 
 def _check_policy(recipe: Recipe) -> None:
