@@ -240,7 +240,7 @@ def test_a_frozen_tower_runs_once_for_all_scoring_forwards(name: str):
     again = policy.log_prob("text", segment, slice(None))
     assert once and len(runs) == once, "the rollout's features serve all scoring forwards"
     torch.testing.assert_close(again.log_probs, first.log_probs, rtol=0, atol=1e-6)
-    if name in ("idefics3", "gemma3", "llava"):
+    if name in ("idefics3", "gemma3", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"):
         part = policy.log_prob("text", segment.rows(slice(0, 2)), slice(None))
         assert len(runs) == once, "kept picture by picture: other batches of the same pictures find them"
         torch.testing.assert_close(part.log_probs, again.log_probs[:2], rtol=0, atol=TOLERANCE)

@@ -20,6 +20,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.video_utils import VideoMetadata
 
+from families.text import DELTA
 from families.toolkit import Family, template, tokenizer, vocabulary
 
 TEXT: dict[str, Any] = {
@@ -108,7 +109,7 @@ class PixtralProcessor(hf.LlavaProcessor):
 
 
 def qwen(name: str) -> tuple[Any, Any]:
-    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed patches, three-dimensional positions."""
+    """Qwen-VL from 2 to 3.5: packed patches, three-dimensional positions; 3.5 has recurrent layers too."""
     words = tokenizer(specials=("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"))
     ids = words.convert_tokens_to_ids
     special = {
@@ -128,12 +129,25 @@ def qwen(name: str) -> tuple[Any, Any]:
         config = hf.Qwen2_5_VLConfig(text_config=text, vision_config={**tower, "window_size": 56}, **special)
         model = hf.Qwen2_5_VLForConditionalGeneration(config)
     else:
-        tower |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
-        tower |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-        config = hf.Qwen3VLConfig(text_config=text, vision_config=tower, **special)
-        model = hf.Qwen3VLForConditionalGeneration(config)
+        tower |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32, "num_position_embeddings": 16}
+        if name == "qwen3_5":
+            text |= {**DELTA, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}}
+            model = hf.Qwen3_5ForConditionalGeneration(
+                hf.Qwen3_5Config(text_config=text, vision_config=tower, **special)
+            )
+        elif name == "qwen3_vl_moe":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            tower |= {"deepstack_visual_indexes": [0]}
+            model = hf.Qwen3VLMoeForConditionalGeneration(
+                hf.Qwen3VLMoeConfig(text_config={**text, **experts}, vision_config=tower, **special)
+            )
+        else:
+            tower |= {"deepstack_visual_indexes": [0]}
+            model = hf.Qwen3VLForConditionalGeneration(
+                hf.Qwen3VLConfig(text_config=text, vision_config=tower, **special)
+            )
     pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56}, patch_size=14)
-    kind = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}[name]
+    kind = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}.get(name, Qwen3VLProcessor)
     chat = template("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
     return model, kind(pictures, words, FrameProcessor(pictures), chat_template=chat)
 
@@ -352,6 +366,8 @@ FAMILIES = {
     "qwen2_vl": Family(build=lambda: qwen("qwen2_vl"), pictures=2),
     "qwen2_5_vl": Family(build=lambda: qwen("qwen2_5_vl"), pictures=2),
     "qwen3_vl": Family(build=lambda: qwen("qwen3_vl"), pictures=2),
+    "qwen3_vl_moe": Family(build=lambda: qwen("qwen3_vl_moe"), pictures=2),
+    "qwen3_5": Family(build=lambda: qwen("qwen3_5"), pictures=2),
     "glm4v": Family(build=glm4v, pictures=2),
     "idefics2": Family(build=lambda: idefics("idefics2"), pictures=2),
     "idefics3": Family(build=lambda: idefics("idefics3"), pictures=2),
