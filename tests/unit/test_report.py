@@ -243,6 +243,15 @@ def test_runs_of_one_recipe_are_one_line_with_a_band(tmp_path):
     assert all(address.startswith("data:") for address in _Page(page).addresses) and "a red square 0" in page
 
 
+def test_one_seed_each_is_no_count_and_no_gain_is_not_bad(tmp_path):
+    for lr in (1, 2):
+        run = make_run(tmp_path / f"run{lr}", recipe=f"seed: 0\noptimizer: {{lr: {lr}, decay: none}}\n")
+        run.log_evaluation({"step": 30, "reward": 0.4, "rewards/shapes_graded/mean": 0.4, "num_samples": 128})
+    page = write_comparison([tmp_path / "run1", tmp_path / "run2"], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<th class="number">seed</th>' in page and "seeds</th>" not in page
+    assert '<span class="soft">+0.000</span>' in page
+
+
 def test_what_cannot_be_compared_is_the_users_error(tmp_path):
     make_run(tmp_path / "run", recipe="seed: 0\n")
     with pytest.raises(RecipeError, match="not a run's folder"):

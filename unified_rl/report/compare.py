@@ -171,7 +171,7 @@ def _numbers(groups: Sequence[Group], key: str) -> str:
             continue
         gains = [curve[-1] - curve[0] for curve in curves]
         spread = f" &plusmn; {stdev(gains):.3f}" if len(gains) > 1 else ""
-        tone = "good" if mean(gains) > 0 else "bad"
+        tone = "good" if mean(gains) > 0 else "bad" if mean(gains) < 0 else "soft"
         cells = [
             ", ".join(str(run.seed) for run in group.runs),
             el.number(mean(curve[0] for curve in curves)),
@@ -183,7 +183,8 @@ def _numbers(groups: Sequence[Group], key: str) -> str:
         ]
         numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
         rows.append(f'<tr><td class="text">{el.text(group.label)}</td>{numbers}</tr>')
-    titles = ["", "seeds", "base", "last", "gain", "best", "samples", "minutes"]
+    seeds = "seeds" if any(len(group.runs) > 1 for group in groups) else "seed"  # "seeds 0" would read as none
+    titles = ["", seeds, "base", "last", "gain", "best", "samples", "minutes"]
     return f"<h3>{el.text(el.reward_label(key))}</h3>{el.table(titles, rows, numeric=True)}" if rows else ""
 
 
