@@ -219,7 +219,7 @@ def test_the_breaker_opens_and_lets_a_probe_through(monkeypatch: pytest.MonkeyPa
     runner = RewardRunner(flaky)  # type: ignore[arg-type]
     outcomes = [runner.submit(batch("a")).result() for _ in range(5)]
     assert [outcome.failed for outcome in outcomes] == [1] * 5 and flaky.calls == 3, "not asked while it rests"
-    assert "rests for a while" in outcomes[-1].reason
+    assert outcomes[-1].reason == "failed: call 3 (3 times in a row; it rests for a while)", "and why it failed"
     time.sleep(0.35)
     assert runner.submit(batch("a")).result().failed == 1 and flaky.calls == 4, "one probe, which fails"
     assert runner.submit(batch("a")).result().failed == 1 and flaky.calls == 4, "so it rests again"

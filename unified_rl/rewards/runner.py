@@ -62,6 +62,7 @@ class RewardRunner:
         self._batch_size, self._retries, self._first_pause = batch_size, retries, first_pause
         self._cache: OrderedDict[str, float] | None = OrderedDict() if cache else None
         self._began = math.inf
+        self._last = CallFailedError("")
         self._tasks: queue.SimpleQueue[tuple[Future[Outcome], RewardBatch] | None] = queue.SimpleQueue()
         # A daemon: a reward that hangs must not hold up the end of the run.
         threading.Thread(target=self._work, name="reward", daemon=True).start()
@@ -126,10 +127,9 @@ class RewardRunner:
 
     def _call(self, batch: RewardBatch) -> Judged:
         """Ask, again after a growing random pause, and not at all for a while after too many failures in a row."""
-        last = CallFailedError("")
         for attempt in range(self._retries + 1):
             if time.monotonic() < self._closed_until:
-                raise CallFailedError(f"failed {self._failures} times in a row and rests for a while; last: {last}")
+                raise CallFailedError(f"{self._last} ({self._failures} times in a row; it rests for a while)")
             if attempt:
                 pause = min(LONGEST_PAUSE, self._first_pause * 2 ** (attempt - 1))
                 time.sleep(pause * _jitter.uniform(0.5, 1.5))
@@ -137,14 +137,14 @@ class RewardRunner:
             try:
                 judged = self.reward.judge(batch)
             except CallFailedError as error:
-                last = error
+                self._last = error
                 self._count_failure()
                 continue
             finally:
                 self._began = math.inf
             self._failures, self._break = 0, FIRST_BREAK
             return judged
-        raise last
+        raise self._last
 
     def _count_failure(self) -> None:
         self._failures += 1
