@@ -178,6 +178,9 @@ def test_thinking_gives_two_segments_with_one_completion(name: str):
     trajectory = policy.sample(prompts())
     assert list(trajectory.segments) == ["text", "image"] == list(policy.max_steps)
     assert len({completion.text for completion in trajectory.completions}) > 3
+    ends = torch.tensor(policy._words.ends)
+    cut = [not torch.isin(row[-1], ends) for row in trajectory.segments["text"].actions["tokens"]]
+    assert [completion.truncated for completion in trajectory.completions] == cut and any(cut), "as overlong asks"
     policy.module.zero_grad()
     for segment_name, segment in trajectory.segments.items():
         stats = policy.log_prob(segment_name, segment, slice(None))

@@ -11,7 +11,7 @@ from families.toolkit import LETTERS
 from PIL import Image
 from test_families import FAMILIES, SEEING, mixture, picture, policy_of, prompts
 from test_image_tokens import policy_of as drawing_policy
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from unified_rl.errors import RecipeError
 from unified_rl.policies.causal_lm import CausalLMPolicy
@@ -86,6 +86,16 @@ def test_a_model_that_is_no_generating_decoder_is_refused_before_it_loads(kind: 
     settings = {"with_reference": False, "entropy_gradient": False, "device": torch.device("cpu")}
     with pytest.raises(RecipeError, match=f"policy.model: {kind} is no decoder that transformers generates with"):
         CausalLMPolicy.load(block, evaluation=TextSampling(), **settings)
+
+
+def test_an_encoder_that_is_said_to_generate_is_refused():
+    """transformers counts BERT among its causal language models."""
+    words = FAMILIES["llama"].build()[1]
+    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = AutoModelForCausalLM.from_config(config)
+    policy = CausalLMPolicy(model, words, PolicyBlock(model="", family="causal_lm", sampling=TextSampling()))
+    with pytest.raises(RecipeError, match=r"policy\.model: BertLMHeadModel gave no cache, as encoders do"):
+        policy.sample(asking(None))
 
 
 def test_which_prompts_are_refused_is_known_beforehand():

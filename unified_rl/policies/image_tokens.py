@@ -115,6 +115,7 @@ class ImageTokensPolicy(CausalLMPolicy):
         mode = self._modes[evaluation]
         segments: dict[str, Segment] = {}
         texts: list[str | None] = [None] * len(prompts)
+        cut = [False] * len(prompts)
         drawn_from = list(prompts)
         if mode.settings.think is not None:
             think = mode.settings.think
@@ -122,6 +123,7 @@ class ImageTokensPolicy(CausalLMPolicy):
             thought = super().sample(asked, evaluation=evaluation)
             segments[TEXT] = thought.segments[TEXT]
             texts = [completion.text for completion in thought.completions]
+            cut = [completion.truncated for completion in thought.completions]
             drawn_from = [
                 rewritten(prompt, think.draw, THINK, text=text) for prompt, text in zip(prompts, texts, strict=True)
             ]
@@ -130,7 +132,10 @@ class ImageTokensPolicy(CausalLMPolicy):
         return Trajectory(
             group_ids=torch.tensor([prompt.group_id for prompt in prompts]),
             segments=segments,
-            completions=[Completion(text=text, images=image) for text, image in zip(texts, images, strict=True)],
+            completions=[
+                Completion(text=text, images=image, truncated=truncated)
+                for text, image, truncated in zip(texts, images, cut, strict=True)
+            ],
             policy_version=self.version,
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, LogitsProcessorList
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
+from unified_rl.errors import RecipeError
 from unified_rl.policies.categorical_head import draw
 from unified_rl.policies.sharded import goes_on_anywhere, is_sharded
 
@@ -48,12 +49,17 @@ class SharedPrefill:
         """[N, S] in nats."""
 
     def __call__(self, model: Any, input_ids: Tensor, **given: Any) -> Tensor:
-        """What `generate` calls after its preparations; returns the tokens [N, S]."""
+        """What `generate` calls after its preparations; returns the tokens [N, S].
+
+        Raises:
+            RecipeError: if the model is no decoder.
+        """
         arguments = {key: value for key, value in given.items() if key not in _OF_GENERATE}
         prepared = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **arguments)
         outputs = model(**prepared, return_dict=True)
         if not isinstance(outputs.past_key_values, Cache):
-            raise TypeError(f"{type(model).__name__} returned a {type(outputs.past_key_values).__name__} as its cache")
+            name = type(model).__name__
+            raise RecipeError(f"policy.model: {name} gave no cache, as encoders do; family: masked_text may be meant")
         arguments = model._update_model_kwargs_for_generation(outputs, arguments, is_encoder_decoder=False)
         owner = torch.tensor(self._owner, device=input_ids.device)
         arguments = take(arguments, owner, len(input_ids))
