@@ -47,7 +47,7 @@ class Remembered:
         functools.update_wrapper(self, self._compute)  # models look at its signature
         self._layout: TreeSpec | None = None
         """Of a result whose tensors all have a row a picture; None: not so, or no batch of several pictures yet."""
-        self._named = inspect.signature(self._compute).parameters
+        self._named = frozenset(inspect.signature(self._compute).parameters)  # a trunk of a critic is a deep copy
         self._joins: bool | None = None
         """Whether results of single pictures in a sequence, joined, are that of the sequence; None: not yet seen."""
 
