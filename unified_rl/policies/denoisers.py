@@ -50,6 +50,8 @@ class Denoisers:
         self.module: Any = nn.ModuleDict(self.parts) if several else next(iter(self.parts.values()))
         """What the engine trains."""
         select_trained(self.module, block.train)
+        parts = [*self.parts.values(), *self._companions, *self._copies.values()]
+        self._attention = [(module, module.processor) for part in parts for module in _attentions(part)]
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +64,10 @@ class Denoisers:
         compute beside them at each step."""
         trained = [getattr(self._pipeline, name) for name in self.parts]  # the reference's, inside `reference`
         parts: list[Any] = [*trained, *self._companions]
+        for module, processor in self._attention:
+            # A replay leaves the loop before PAG's own go again; its backward pass may still want them till here.
+            if module.processor is not processor:
+                module.processor = processor
         for part in parts:
             part.forward = functools.wraps(part.forward)(functools.partial(denoise, part.forward))
         try:
@@ -116,7 +122,7 @@ def _set_attention(part: Any, name: str) -> None:
     Raises:
         RecipeError: if diffusers does not know the backend or cannot run it here, or the denoiser takes none.
     """
-    if not any(hasattr(processor, "_attention_backend") for processor in _processors(part)):
+    if not any(hasattr(module.processor, "_attention_backend") for module in _attentions(part)):
         raise RecipeError(
             f"policy.attention: {type(part).__name__} has no attention that takes a backend; leave it out"
         )
@@ -130,6 +136,8 @@ def _set_attention(part: Any, name: str) -> None:
         raise RecipeError(f"policy.attention: {name} cannot run here: {one_line(error)}") from error
 
 
-def _processors(part: Any) -> Iterator[Any]:
-    """What computes the attention of each of its layers."""
-    yield from (module.processor for module in part.modules() if "processor" in dir(module))
+def _attentions(part: nn.Module) -> Iterator[Any]:
+    """Its layers that have their attention computed by a processor."""
+    for module in part.modules():
+        if "processor" in vars(module) or "processor" in vars(module)["_modules"]:
+            yield module

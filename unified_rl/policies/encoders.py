@@ -2,6 +2,8 @@
 weights may be out of the way in between."""
 
 import functools
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,10 @@ from unified_rl.policies.scheduler_head import LoopLeft
 
 UNLIMITED = 1 << 62
 """Bytes: encodings of text encoders that are gone must not be forgotten."""
+TEXT = re.compile(r"(.*_)?text_encoder(_\d+)?|bert")
+"""Names of the components that encode texts."""
+PICTURES = re.compile(r"image_encoder|(.*_)?vae|movq|vqvae")
+"""Names of those that encode pictures, videos or sounds; all but the first one by their method `encode`."""
 
 
 class Encoders:
@@ -30,17 +36,22 @@ class Encoders:
         """Of the rows of the current call; they draw what the pipeline draws without a generator."""
         self._memo = PictureMemo(UNLIMITED) if mode == "drop" else PictureMemo()
         self._text = TextEncoders(pipeline, mode)
-        self._alone = False
-        if hasattr(pipeline, "encode_prompt"):
-            pipeline.encode_prompt = self._remembered(pipeline.encode_prompt)
+        self._alone = self._in_prompt = False
+        for name in _prompt_encoders(pipeline):
+            setattr(pipeline, name, self._remembered(name, getattr(pipeline, name)))
         for name in _encoding_batches(pipeline):
             setattr(pipeline, name, functools.partial(self._text_whole, name, getattr(pipeline, name)))
         for name, component in pipeline.components.items():
-            method = {"image_encoder": "forward", "vae": "encode"}.get(name)
-            if method is not None and isinstance(component, nn.Module):
+            if not isinstance(component, nn.Module):
+                continue
+            if TEXT.fullmatch(name):
+                forward = component.forward
+                component.forward = functools.wraps(forward)(functools.partial(self._texts, name, component, forward))
+            method = "forward" if name == "image_encoder" else "encode"
+            if PICTURES.fullmatch(name) and hasattr(component, method):
                 original: Callable = getattr(component, method)
-                whole = functools.partial(self._remember_whole, name, original)
-                setattr(component, method, functools.wraps(original)(whole))
+                pictures = functools.partial(self._pictures, name, original)
+                setattr(component, method, functools.wraps(original)(pictures))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -64,7 +75,7 @@ class Encoders:
         """Free the text encoders' weights; what was not encoded yet cannot be any more."""
         self._text.drop()
 
-    def _remembered(self, encode_prompt: Callable) -> Callable:
+    def _remembered(self, name: str, encode_prompt: Callable) -> Callable:
         def encode(*args: Any, **kwargs: Any) -> Any:
             self._text.bring()
             return encode_prompt(*args, **kwargs)
@@ -73,13 +84,23 @@ class Encoders:
         def remembered(*args: Any, **kwargs: Any) -> Any:
             prompt = args[0] if args else kwargs.get("prompt")
             num_rows = len(prompt) if isinstance(prompt, list) else 0
-            with self._text.encoding():
-                encoded = self._memo.by_row("encode_prompt", encode, args, kwargs, num_rows)
+            with self._prompt(by_row=num_rows > 0):
+                encoded = self._memo.by_row(name, encode, args, kwargs, num_rows)
             if self._alone:
                 raise LoopLeft
             return encoded
 
         return remembered
+
+    @contextmanager
+    def _prompt(self, *, by_row: bool) -> Iterator[None]:
+        """Inside it, prompts are encoded; `by_row`: by what remembers its own results so."""
+        self._in_prompt = by_row
+        try:
+            with self._text.encoding():
+                yield
+        finally:
+            self._in_prompt = False
 
     def _text_whole(self, name: str, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         """A text encoder's result for a whole batch by content."""
@@ -88,12 +109,27 @@ class Encoders:
             self._text.bring()
             return encode(*args, **kwargs)
 
-        with self._text.encoding():
+        with self._prompt(by_row=True):  # as far as that goes
             return self._memo.whole(name, brought, args, kwargs)
 
-    def _remember_whole(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    def _texts(self, name: str, encoder: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """A text encoder's forward; its rows are remembered where nothing around it does so."""
+
+        def brought(*args: Any, **kwargs: Any) -> Any:
+            self._text.bring()
+            return forward(*args, **kwargs)
+
+        if (self._in_prompt and self._memo.is_split) or any(part._forward_hooks for part in encoder.modules()):
+            return brought(*args, **kwargs)  # hooks read what a layer computes
+        if "use_cache" in inspect.signature(forward).parameters and kwargs.get("past_key_values") is None:
+            kwargs.setdefault("use_cache", False)  # nothing goes on from an encoding, and a cache has no rows
+        name = f"{name} in {next(encoder.parameters()).dtype}"  # token ids say nothing of it
+        with self._text.encoding():
+            return self._memo.batch(name, brought, args, kwargs, min_dims=2)
+
+    def _pictures(self, name: str, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         """A frozen encoder's result by content; a VAE's draw without a generator comes from the rows' own seeds."""
-        result = self._memo.pictures(name, function, args, kwargs)
+        result = self._memo.batch(name, encode, args, kwargs, min_dims=4 if name == "image_encoder" else 3)
         distribution = getattr(result, "latent_dist", None)
         if isinstance(distribution, DiagonalGaussianDistribution) and len(distribution.mean) % len(self.seeds) == 0:
             draw: Callable = functools.partial(type(distribution).sample, distribution)
@@ -104,6 +140,11 @@ class Encoders:
 
             distribution.sample = sample  # type: ignore[method-assign]
         return result
+
+
+def _prompt_encoders(pipeline: Any) -> list[str]:
+    """The method that encodes prompts, row by row: older classes have a private one alone."""
+    return [name for name in ("encode_prompt", "_encode_prompt") if hasattr(pipeline, name)][:1]
 
 
 def _encoding_batches(pipeline: Any) -> list[str]:
@@ -123,18 +164,25 @@ class TextEncoders:
             mode: "keep", "offload" or "drop".
 
         Raises:
-            RecipeError: if the pipeline does not encode through `encode_prompt`, where it can be watched, or batches
-                of prompts and pictures are to be encoded before they are known.
+            RecipeError: if the pipeline has none, or they are to be dropped, but it does not encode prompts by a method
+                of its own, after which it can be left, or together with pictures.
         """
-        found = [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
+        found = [part for name, part in pipeline.components.items() if TEXT.fullmatch(name)]
         encoders = [part for part in found if isinstance(part, nn.Module)]
         self._weights: dict[nn.Parameter, Tensor] = {}
-        self._gone = False
+        self._encoders = encoders
+        self._depth = 0
+        self._here = False
         if mode == "keep":
             return
         batches = _encoding_batches(pipeline)
-        if not encoders or not (hasattr(pipeline, "encode_prompt") or batches):
+        if not encoders:
             raise RecipeError(f"policy.memory.text_encoders: {type(pipeline).__name__} has none to {mode}")
+        if mode == "drop" and not _prompt_encoders(pipeline):
+            raise RecipeError(
+                f"policy.memory.text_encoders: {type(pipeline).__name__} has no method encode_prompt, by which prompts"
+                " could be encoded before the run; use offload"
+            )
         if batches and mode == "drop":
             raise RecipeError(
                 f"policy.memory.text_encoders: {type(pipeline).__name__} encodes prompts and pictures batch by batch"
@@ -145,32 +193,39 @@ class TextEncoders:
         self._put_away()
 
     def bring(self) -> None:
-        """Let them encode, until the end of the surrounding `encoding`.
-
-        Raises:
-            RecipeError: if they were dropped.
-        """
-        if self._gone:
-            raise RecipeError(
-                "policy.memory.text_encoders: drop encodes all prompts of data before the run, and this text is none"
-                " of them; use offload"
-            )
+        """Let them encode, until the end of the surrounding `encoding`."""
+        if self._here:
+            return
+        self._here = True
         for parameter, weight in self._weights.items():
             parameter.data = weight.to(parameter.device, parameter.dtype)
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
         """Surrounds whatever may call the encoders."""
+        self._depth += 1
         try:
             yield
         finally:
-            self._put_away()
+            self._depth -= 1
+            if self._depth == 0:
+                self._put_away()
 
     def drop(self) -> None:
-        """Give their weights' memory back for good."""
+        """Give their weights' memory back for good; a layer that is called then raises a RecipeError."""
         self._weights.clear()
-        self._gone = True
+        for encoder in self._encoders:
+            for layer in encoder.modules():
+                layer.register_forward_pre_hook(_gone)
 
     def _put_away(self) -> None:
+        self._here = False
         for parameter in self._weights:
             parameter.data = parameter.data.new_empty(0)
+
+
+def _gone(*_: Any) -> None:
+    raise RecipeError(
+        "policy.memory.text_encoders: drop encodes all prompts of data before the run, one by one, and this batch of"
+        " texts is none of them, nor padded as they were alone; use offload"
+    )

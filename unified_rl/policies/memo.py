@@ -6,9 +6,10 @@ kept by the content of the whole call. What cannot be fingerprinted (a random ge
 every time.
 """
 
+import functools
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unified_rl.policies import row_split
 from unified_rl.recipe.policy import REMEMBERED_BYTES
 
 
@@ -50,6 +52,8 @@ def _num_bytes(value: Any) -> int:
         return value.numel() * value.element_size()
     if isinstance(value, (list, tuple)):
         return sum(_num_bytes(item) for item in value)
+    if isinstance(value, Mapping):
+        return sum(_num_bytes(item) for item in value.values())
     return 0
 
 
@@ -60,8 +64,14 @@ class Memo:
         self._store: OrderedDict[Hashable, Any] = OrderedDict()
         self._max_bytes = max_bytes
         self._held_bytes = 0
-        self._layouts: dict[Hashable, tuple[bool, ...] | None] = {}
+        self._layouts: dict[Hashable, row_split.Layout | None] = {}
         """Of a function's results, by its name and the arguments that rows share; None: they do not split."""
+        self._examples: dict[Hashable, Any] = {}
+        """Their containers."""
+        self._doubtful: set[Hashable] = set()
+        """Of several blocks, whose order only rows that differ can show."""
+        self.is_split = True
+        """False while a function runs whose results do not split."""
 
     def _put(self, key: Hashable, value: Any) -> None:
         self._held_bytes += _num_bytes(value) - _num_bytes(self._store.get(key))
@@ -94,96 +104,105 @@ class Memo:
 
     def by_row(self, name: str, function: Callable, args: tuple, kwargs: dict, num_rows: int) -> Any:
         """As `whole`, but row by row: lists of length `num_rows` and tensors with that leading dimension are per row,
-        everything else is shared; of the result, tensors that do not grow with the rows are shared by all (FLUX's
-        positions of its tokens). A result that does not split falls back to `whole`."""
+        everything else is shared; of the result, what does not grow with the rows is shared by all (FLUX's positions of
+        its tokens). A result that cannot be taken apart by row (`row_split`) falls back to `whole`."""
         try:
             shared, rows = _split_arguments(args, kwargs, num_rows)
         except OpaqueError:
             return self.whole(name, function, args, kwargs)
+        form = (name, shared)
+        whole = functools.partial(self.whole, name, function, args, kwargs)
+        if form in self._layouts and self._layouts[form] is None:
+            return self._unsplit(whole)
 
         def compute(*index: int) -> Any:
             with torch.no_grad():
                 return function(
                     *(_pick(value, index, num_rows) for value in args),
-                    **{name: _pick(value, index, num_rows) for name, value in kwargs.items()},
+                    **{
+                        name: len(index) if _is_count(name, value, num_rows) else _pick(value, index, num_rows)
+                        for name, value in kwargs.items()
+                    },
                 )
 
         keys = [(name, shared, row) for row in rows]
-        wanted = {key: index for index, key in enumerate(keys) if key not in self._store}
-        for key, index in wanted.items():
+        found = {key: self._get(key) for key in keys if key in self._store}
+        for index, key in enumerate(keys):
+            if key in found:
+                continue
             # One by one: the result must depend on the row alone, not on which others were missing beside it.
             result = compute(index)
-            if (name, shared) not in self._layouts:
-                once = has_rows(result, 1)
-                self._layouts[name, shared] = _all_rows(result) if once else _layout(result, compute(index, index))
-            layout = self._layouts[name, shared]
-            if layout is None:
-                return self.whole(name, function, args, kwargs)
-            self._put(key, _row(result, layout, 0))
-        found, known = [self._get(key) for key in keys], self._layouts[name, shared]
-        assert known is not None, "rows of what has no rows are never kept"
-        shapes = {tuple(None if part is None else part.shape for part in row) for row in found}
-        if len(shapes) > 1:
-            # Cut or padded to the batch: the rows belong together as this batch encodes them, and a later window of
-            # them must find them so.
-            result = self.whole(name, function, args, kwargs)
-            if all(known) and has_rows(result, num_rows):
-                for row, key in enumerate(keys):
-                    self._put(key, _row(result, known, row))
+            if form not in self._layouts:
+                self._learn(form, result, functools.partial(compute, index, index))
+            layout = self._layouts[form]
+            if layout is None or not row_split.fits(result, layout, 1):
+                self._layouts[form] = None
+                return self._unsplit(whole)
+            found[key] = row_split.take(result, layout, 0, 1)
+            self._put(key, found[key])
+        return self._joined(form, keys, [found[key] for key in keys], whole)
+
+    def _unsplit(self, whole: Callable[[], Any]) -> Any:
+        self.is_split = False
+        try:
+            return whole()
+        finally:
+            self.is_split = True
+
+    def _learn(self, form: Hashable, one: Any, twice: Callable[[], Any]) -> None:
+        """Find the layout of a function's results, of which `one` is that for a row."""
+        flat = isinstance(one, tuple) and has_rows(one, 1)
+        layout = row_split.layout_of_batch(one, 1) if flat else row_split.layout_of(one, twice())
+        self._layouts[form] = layout
+        if layout is not None:
+            self._examples[form] = row_split.emptied(one, layout)
+            if layout.has("blocks"):
+                self._doubtful.add(form)
+
+    def _joined(self, form: Hashable, keys: Sequence[Hashable], rows: list[Any], whole: Callable[[], Any]) -> Any:
+        """The result for rows that are all known."""
+        layout = self._layouts[form]
+        assert layout is not None, "rows of what has no rows are never kept"
+        try:
+            joined = row_split.join(rows, layout, like=self._examples[form])
+        except row_split.RowsDifferError:
+            result = whole()
+            if not layout.has("shared") and row_split.fits(result, layout, len(keys)):
+                # Cut or padded to the batch: the rows belong together as this batch encodes them, and a later window
+                # of them must find them so.
+                rows = [row_split.take(result, layout, row, len(keys)) for row in range(len(keys))]
+                for row, key in zip(rows, keys, strict=True):
+                    self._put(key, row)
+                return row_split.join(rows, layout, like=self._examples[form])
             return result
-        joined = zip(known, zip(*found, strict=True), strict=True)
-        if any(not splits and any(not _same(part, parts[0]) for part in parts) for splits, parts in joined):
-            return self.whole(name, function, args, kwargs)  # not shared after all: it depends on the row
-        return tuple(
-            parts[0] if parts[0] is None or not splits else torch.stack(parts)
-            for splits, parts in zip(known, zip(*found, strict=True), strict=True)
-        )
-
-
-def _all_rows(result: tuple) -> tuple[bool, ...]:
-    return (True,) * len(result)
-
-
-def _layout(one: Any, two: Any) -> tuple[bool, ...] | None:
-    """Of a function's results for a row and for the same row twice: which parts have a row each (True), and which are
-    shared by all rows (False); None: neither holds."""
-    if not isinstance(one, tuple) or not isinstance(two, tuple) or len(one) != len(two):
-        return None
-    found = []
-    for part, doubled in zip(one, two, strict=True):
-        if part is None and doubled is None:
-            found.append(True)
-            continue
-        if not isinstance(part, Tensor) or not isinstance(doubled, Tensor):
-            return None
-        splits = part.ndim > 0 and len(part) == 1 and doubled.shape == (2, *part.shape[1:])
-        if not splits and not _same(part, doubled):
-            return None
-        found.append(splits)
-    return tuple(found)
-
-
-def _same(part: Tensor | None, other: Tensor | None) -> bool:
-    if part is None or other is None:
-        return part is other
-    return part.shape == other.shape and torch.equal(part, other)
-
-
-def _row(result: tuple, layout: tuple[bool, ...], row: int) -> tuple:
-    return tuple(part if part is None or not splits else part[row] for part, splits in zip(result, layout, strict=True))
-
-
-def _is_per_row(value: Any, num_rows: int) -> bool:
-    return isinstance(value, (list, Tensor)) and len(value) == num_rows
+        if form in self._doubtful and len(set(keys)) > 1:
+            self._doubtful.remove(form)
+            result = whole()
+            if not row_split.close(joined, result):  # what belongs to a row lies side by side
+                self._layouts[form] = None
+                return result
+        return joined
 
 
 def _split_arguments(args: tuple, kwargs: dict, num_rows: int) -> tuple[Hashable, list[Hashable]]:
-    named = [*enumerate(args), *sorted(kwargs.items())]
+    named = [
+        *enumerate(args),
+        *((key, kwargs[key]) for key in sorted(kwargs) if not _is_count(key, kwargs[key], num_rows)),
+    ]
     per_row = [value for _, value in named if _is_per_row(value, num_rows)]
     shared = tuple((key, fingerprint(value)) for key, value in named if not _is_per_row(value, num_rows))
     if not per_row:
         raise OpaqueError
     return shared, [tuple(fingerprint(value[row]) for value in per_row) for row in range(num_rows)]
+
+
+def _is_count(key: str, value: Any, num_rows: int) -> bool:
+    """Whether an argument tells the number of rows."""
+    return key == "batch_size" and value == num_rows
+
+
+def _is_per_row(value: Any, num_rows: int) -> bool:
+    return isinstance(value, (list, Tensor)) and len(value) == num_rows
 
 
 def _pick(value: Any, index: Sequence[int], num_rows: int) -> Any:

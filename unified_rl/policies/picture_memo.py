@@ -1,72 +1,53 @@
-"""Remembers what a pipeline's frozen encoders made of pictures, row by row: a window of other rows than those that were
-sampled together finds them, so that its replay runs no VAE."""
+"""Remembers what a pipeline's frozen encoders made of batches, row by row: a window of other rows than those that were
+sampled together finds them, so that its replay runs no encoder."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from unified_rl.policies import row_split
 from unified_rl.policies.memo import Memo, OpaqueError, fingerprint
-
-MIN_DIMS = 4
-"""Of a batch: rows, channels, and two or three sides."""
 
 
 class PictureMemo(Memo):
-    """A memo of encoders, of pictures too."""
+    """A memo of encoders, also of those that take batches of tensors."""
 
-    def __init__(self, *max_bytes: int) -> None:
-        super().__init__(*max_bytes)
-        self._examples: dict[Hashable, Any] = {}
-        """A result of each function of pictures, by its name and the other arguments; None: it has no row for each."""
+    def batch(self, name: str, function: Callable, args: tuple, kwargs: dict, *, min_dims: int) -> Any:
+        """As `whole`, of a function of a batch of pictures, sounds or texts, each encoded alone: rows that were encoded
+        before, whatever lay beside them, are put together, and not encoded again.
 
-    def pictures(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """As `whole`, of a function whose first argument is a batch of pictures or videos, each encoded alone: rows
-        that were encoded before, whatever lay beside them, are put together, and not encoded again."""
-        if not args or not isinstance(args[0], Tensor) or args[0].ndim < MIN_DIMS:
+        Args:
+            min_dims: dimensions of a batch's tensors, at least; another call is not of rows.
+        """
+        named = [*enumerate(args), *sorted(kwargs.items())]
+        given = [(key, value) for key, value in named if isinstance(value, Tensor)]
+        counts = {len(value) if value.ndim >= min_dims else 0 for _, value in given}
+        if len(counts) != 1 or 0 in counts:
             return self.whole(name, function, args, kwargs)
         try:
-            shared = (name, fingerprint(args[1:]), fingerprint(kwargs))
+            shared = tuple((key, fingerprint(value)) for key, value in named if not isinstance(value, Tensor))
         except OpaqueError:
             return self.whole(name, function, args, kwargs)
-        if shared in self._examples and self._examples[shared] is None:
+        form = (name, shared, tuple(key for key, _ in given))
+        num_rows = counts.pop()
+        keys = [(*form, tuple(fingerprint(value[row]) for _, value in given)) for row in range(num_rows)]
+        layout = self._layouts.get(form)
+        if form in self._layouts and layout is None:
             return self.whole(name, function, args, kwargs)
-        keys = [(*shared, fingerprint(row)) for row in args[0]]
-        if not self.knows(keys):
-            with torch.no_grad():
-                result = function(*args, **kwargs)
-            rows = tensor_of(result)
-            if rows is None or len(rows) != len(keys):
-                self._examples[shared] = None
-                return self.whole(name, lambda *_, **__: result, args, kwargs)
-            self._examples[shared] = with_tensor(result, rows[:0])
-            for key, row in zip(keys, rows, strict=True):
-                self._put(key, row.clone())
-            if not self.knows(keys):  # more than it holds
-                return result
-        return with_tensor(self._examples[shared], torch.stack([self._get(key) for key in keys]))
-
-
-def tensor_of(result: Any) -> Tensor | None:
-    """The one tensor, with a row for each picture, that a VAE's encoding consists of; None: it is of another kind."""
-    if isinstance(result, Tensor):
-        return result
-    if isinstance(result, DiagonalGaussianDistribution):
-        return result.parameters
-    if isinstance(result, BaseOutput | tuple):
-        parts = [*result.values()] if isinstance(result, BaseOutput) else [*result]
-        return tensor_of(parts[0]) if len(parts) == 1 else None
-    return None
-
-
-def with_tensor(result: Any, rows: Tensor) -> Any:
-    """An encoding of the same kind with other rows in its one tensor."""
-    if isinstance(result, DiagonalGaussianDistribution):
-        return DiagonalGaussianDistribution(rows, deterministic=result.deterministic)
-    if isinstance(result, BaseOutput):
-        ((name, part),) = result.items()
-        return type(result)(**{name: with_tensor(part, rows)})
-    return (with_tensor(result[0], rows),) if isinstance(result, tuple) else rows
+        if layout is not None and self.knows(keys):
+            with suppress(row_split.RowsDifferError):
+                return row_split.join([self._get(key) for key in keys], layout, like=self._examples[form])
+        with torch.no_grad():
+            result = function(*args, **kwargs)
+        layout = self._layouts[form] = row_split.layout_of_batch(result, num_rows)
+        if layout is None:
+            return self.whole(name, lambda *_, **__: result, args, kwargs)
+        self._examples[form] = row_split.emptied(result, layout)
+        rows = [row_split.take(result, layout, row, num_rows) for row in range(num_rows)]
+        for row, key in zip(rows, keys, strict=True):
+            self._put(key, row)
+        # Not the result itself: what is computed from it would round by how it lies in memory.
+        return row_split.join(rows, layout, like=self._examples[form])

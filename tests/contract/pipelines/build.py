@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.contract.pipelines.components import FACTORIES, tokenizer
 from tests.contract.pipelines.tiny import TINY
+from unified_rl.policies.pipeline_call import DENOISERS
 
 Kernel = Literal["auto", "flow_sde", "dance_sde", "cps", "ddim", "ancestral", "renoise"]
 NEVER = {"safety_checker", "watermarker", "image_encoder", "feature_extractor", "transformer_2", "guider"}
@@ -52,6 +53,9 @@ class Case:
     """Names in the pipeline's module that fix a resolution which no test can afford, and what stands in for them."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """What is set on the instance for the same reason."""
+    encodes_again: bool = False
+    """Whether an encoder runs once more for other rows than those that were sampled together: it packs texts, or gives
+    more than rows."""
     rows: int = 2
     """Rows of one call; 1 where the class cannot take several prompts or pictures at once."""
 
@@ -86,6 +90,15 @@ def _factory(option: Any) -> Callable[[], Any] | None:
     return functools.partial(option, **TINY[name]) if name in TINY else None
 
 
+def without_zeros(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights that start at zero (gates, output layers) would cut gradients off, and the conditions with them: guidance
+    and prompts must make a difference."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
 def build(case: Case) -> Any:
     """A tiny instance of the case's class with weights from seed 0."""
     torch.manual_seed(0)
@@ -112,6 +125,9 @@ def build(case: Case) -> Any:
             chosen[key] = known[0]()
         else:
             raise LookupError(f"{case.name}: no tiny {key}: {options}")
+    for name in DENOISERS:
+        if isinstance(chosen.get(name), torch.nn.Module):
+            without_zeros(chosen[name])
     pipeline = pipeline_class(**chosen)
     for name, value in case.attributes.items():
         assert name in vars(pipeline), f"{case.name} has no {name}"
@@ -124,4 +140,7 @@ def call_settings(case: Case) -> dict[str, Any]:
     parameters = inspect.signature(getattr(diffusers, case.name).__call__).parameters
     wanted = {"height": case.size, "width": case.size, "max_sequence_length": 16, "num_frames": 5}
     wanted |= {"guidance_scale": 3.0, "strength": 0.7}
+    if "true_cfg_scale" in parameters and "negative_prompt_embeds" not in case.columns:
+        # Beside the scale that the denoiser is told.
+        wanted |= {"true_cfg_scale": 2.0, "negative_prompt": "a blue star"}
     return {key: value for key, value in wanted.items() if key in parameters} | case.call

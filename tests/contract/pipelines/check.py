@@ -9,12 +9,16 @@ from torch import Tensor
 
 from tests.contract.pipelines.build import Case, Kernel, build, call_settings, picture
 from unified_rl.policies.diffusion import DiffusionPolicy
+from unified_rl.policies.encoders import PICTURES, TEXT
 from unified_rl.policies.savings import checkpoint_blocks
 from unified_rl.recipe.policy import Adapter, DiffusionSampling, PolicyBlock
 from unified_rl.types import Prompt, Segment
 
 TEXTS = ("a red circle", "two blue square on the left")
 NUM_STEPS = 3
+TAKING_IN = (torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+OTHER = 100
+"""Between the random numbers of a row and those of its negative prompt."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Measured:
     """Smallest gradient norm of a stochastic step, over the denoiser."""
     checkpointing_gap: float
     """Largest difference of a parameter's gradient with gradient checkpointing, over the gradient's norm."""
+    encoded: frozenset[str]
+    """Encoders of texts and pictures that the replays ran at the rollout's batch shape."""
+    row_encoded: frozenset[str]
+    """The same for one row alone."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,10 @@ def prompts_of(case: Case, dtype: torch.dtype = torch.float32) -> list[Prompt]:
         Prompt(
             text=case.text.replace("{}", text),
             images=tuple(picture(row + 10 * index, case.size) for index in range(case.images)),
-            columns={key: _cast(make(row), dtype) for key, make in case.columns.items()},
+            # What guides away from is another text than what guides.
+            columns={
+                key: _cast(make(row + OTHER * key.startswith("negative")), dtype) for key, make in case.columns.items()
+            },
             group_id=row,
             seed=row,
         )
@@ -128,19 +139,40 @@ def _norm(gradients: dict[str, Tensor]) -> float:
     return float(torch.stack([gradient.float().norm() for gradient in gradients.values()]).norm())
 
 
+class Watch:
+    """Notes which of a pipeline's frozen encoders run, by the layers that take in tokens and pixels: what stands before
+    their forward runs none, and pipelines may call a last layer by itself."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.ran: set[str] = set()
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module) and (TEXT.fullmatch(name) or PICTURES.fullmatch(name)):
+                for layer in (each for each in part.modules() if isinstance(each, TAKING_IN)):
+                    layer.register_forward_pre_hook(lambda *_, name=name: self.ran.add(name))
+
+    def taken(self) -> frozenset[str]:
+        """Those that ran since it was last asked."""
+        ran, self.ran = frozenset(self.ran), set()
+        return ran
+
+
 def measure(case: Case, kernel: Kernel = "auto", *, pipeline: Any | None = None) -> Measured:
     """Sample all rows, replay each step at the batch shape with gradients, and the last one with the last row alone."""
     policy = policy_of(case, kernel, pipeline=pipeline)
+    watch, encoded, row_encoded = Watch(policy._pipeline), frozenset[str](), frozenset[str]()
     gaps, row_gaps, norms = [], [(0.0, 0.0)], []
     for call in _calls(case, prompts_of(case)):
         segment = policy.sample(call).segments["image"]
+        watch.taken()
         steps = _stochastic(segment)
         for step in steps:
             log_probs, gradients = _gradients(policy, segment, step)
             gaps.append(_apart(segment, log_probs, step))
             norms.append(_norm(gradients))
+        encoded |= watch.taken()
         if len(call) > 1:
             row_gaps.append(_gap(policy, segment.rows(slice(len(call) - 1, len(call))), steps[-1]))
+            row_encoded |= watch.taken()
     for part in policy._denoisers.parts.values():
         checkpoint_blocks(part)
     _, again = _gradients(policy, segment, step)
@@ -155,6 +187,8 @@ def measure(case: Case, kernel: Kernel = "auto", *, pipeline: Any | None = None)
         rounding=max(rounding for _, rounding in row_gaps),
         smallest_gradient=min(norms),
         checkpointing_gap=max(float((again[name] - gradients[name]).norm()) for name in again) / norms[-1],
+        encoded=encoded,
+        row_encoded=row_encoded,
     )
 
 

@@ -272,6 +272,7 @@ MORE_EDITS = [
         "JoyImageEditPlusPipeline",
         {"text_encoder": lambda: qwen3_vl(True), "tokenizer": Processor, "processor": Processor},
         columns={"images": lambda row: [picture(row), picture(row + 5)]},
+        encodes_again=True,
         attributes={"image_processor": SmallBuckets()},
     ),
     Case(

@@ -169,6 +169,7 @@ LATER = [
         "PaintByExamplePipeline",
         {"image_encoder": example_encoder, "feature_extractor": image_processor, "unet": lambda: unet(in_channels=9)},
         columns=IMAGE | MASKED | {"example_image": picture},
+        encodes_again=True,
     ),
     Case(
         "StableDiffusionGLIGENTextImagePipeline",
@@ -186,7 +187,7 @@ LATER = [
         columns=IMAGE,
         kernel="ancestral",
     ),
-    Case("ShapEPipeline", SHAPE | {"text_encoder": lambda: clip(True)}, LATENT),
+    Case("ShapEPipeline", SHAPE | {"text_encoder": lambda: clip(True)}, LATENT, encodes_again=True),
     Case(
         "ShapEImg2ImgPipeline",
         SHAPE | {"image_encoder": lambda: clip_vision(False), "image_processor": image_processor},
@@ -205,6 +206,7 @@ LATER = [
         PROCESSED | {"vae": lambda: image_vae(16, blocks=4, **SHIFTED), "transformer": lambda: kandinsky5(True)},
         columns=IMAGE,
         attributes={"resolutions": [(32, 32)]},
+        encodes_again=True,
         half=False,
     ),
     Case(

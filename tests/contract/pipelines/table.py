@@ -24,14 +24,20 @@ DOCS = ROOT / "docs" / "pipelines.md"
 HEAD = """# Diffusers pipelines
 
 Every pipeline class that diffusers {version} exports. *exact* classes were built tiny from their configs and tried by
-`tests/contract/test_pipelines.py`: full fine-tuning in float32, with guidance where the class has it, two rows of
-different prompts: sampled, each step replayed at the rollout's batch shape (no log-prob differs by more than 1e-5) and
-the last one for one row alone (the same; where that step's std is as small as 0.001, as in EDM schedules, float32's
-rounding of its mean moves the log-prob by up to 1e-4, and no more is allowed), with finite, non-zero gradients in the
-denoiser, equal ones with gradient checkpointing; then LoRA in bfloat16, its first and last noisy steps replayed without
-any difference.
+`tests/contract/test_pipelines.py`: full fine-tuning in float32, with guidance where the class has it (true guidance too
+where it is an option), two rows of different prompts, or one after the other where a call takes one row: sampled, each
+step replayed at the rollout's batch shape (no log-prob differs by more than 1e-5) and the last one for one row alone
+(the same; where that step's std is as small as 0.001, as in EDM schedules, float32's rounding of its mean moves the
+log-prob by up to 1e-4, and no more is allowed), with finite, non-zero gradients in the denoiser, equal ones with
+gradient checkpointing, and no encoder of texts or pictures run again (but where noted); then LoRA in bfloat16, its
+first and last noisy steps replayed without any difference.
 *refused* classes raise `UnsupportedPipelineError` before anything is loaded. For a class that is not listed, such
 as one of your own, the check of the replay gap at a run's first rollout decides.
+
+A scheduler is replaced by a stochastic one with the same schedule: the times of the multistep solvers (DPM-Solver,
+UniPC, DEIS, SA, also with Karras sigmas and flow sigmas) stay, but steps are of first order, so that pictures of an
+exam without noise are those of an Euler or DDIM sampler. Solvers that call the denoiser twice a step (Heun, KDPM2) and
+PNDM are taken as DDIM with their spacing.
 
 Rewards get pictures, a video's frames or, for sound, the waveform (an array) as a completion's `images`; a run keeps
 waveforms among its samples as `.npy` files.
@@ -95,6 +101,8 @@ def note_of(case: Case) -> str:
         notes.append(ONE_ROW)
     if case.kernel != "auto":
         notes.append(f"policy.sampling.kernel: {case.kernel}, the class reads its scheduler's sigmas")
+    if case.encodes_again:
+        notes.append("an encoder runs again for other rows than were sampled together (engine.rollout_batch)")
     if not case.half:
         notes.append(case.half_note)
     return "; ".join(notes)

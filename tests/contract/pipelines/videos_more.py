@@ -125,12 +125,14 @@ MORE_VIDEOS = [
     Case(
         "Kandinsky5T2VPipeline",
         half=False,
+        encodes_again=True,
         call=LATENT,
         components=PROCESSED | {"tokenizer": Processor, "vae": lambda: hunyuan_vae(16), "transformer": kandinsky5},
     ),
     Case(
         "Kandinsky5I2VPipeline",
         half=False,
+        encodes_again=True,
         call=LATENT,
         components=PROCESSED
         | {

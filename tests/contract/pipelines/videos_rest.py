@@ -221,7 +221,7 @@ VIDEOS_REST = [
     Case(
         "Cosmos2_5_PredictBasePipeline",
         COSMOS25,
-        LATENT | {"num_latent_conditional_frames": 1},
+        LATENT | {"num_latent_conditional_frames": 1, "max_sequence_length": 128},
         columns={"video": video},
         rows=1,
         note="needs cosmos_guardrail, which the test stands in for",
@@ -258,7 +258,7 @@ VIDEOS_REST = [
             "controlnet": cosmos_control,
             "transformer": cosmos(text_embed_dim=2 * WIDTH, controlnet_block_every_n=1),
         },
-        LATENT | {"num_frames_per_chunk": 5},
+        LATENT | {"num_frames_per_chunk": 5, "max_sequence_length": 128},
         columns={"controls": video},
         note="needs cosmos_guardrail and torchvision, which the test stands in for",
     ),
