@@ -79,6 +79,8 @@ class BlockTape:
             sample, self.canvas = self.canvas, None
         # What the chain has already done; and tokens are always drawn.
         settings |= {"temperature": 1.0, "top_k": None, "top_p": None, "sampling_method": "multinomial"}
+        # The generators live on the CPU, so that a seed means the same tokens on every device; so must all they meet.
+        settings = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in settings.items()}
         mask_id = settings["mask_token_id"]
         outputs = []
         for number, (row, scheduler, generator) in enumerate(
@@ -91,7 +93,6 @@ class BlockTape:
                 continue
             raw = logits[number].float()
             scores = self.chain(sample[number][:, None], raw)[None]  # type: ignore[arg-type]  # as LongTensor annotated
-            # The generators live on the CPU, so that a seed means the same tokens on every device.
             output = OWN_STEP(scheduler, scores.cpu(), timestep, sample[one].cpu(), generator=generator, **settings)
             outputs.append(_like(output, logits[one]))
             self._record(number, sample[number], outputs[-1], scores)
