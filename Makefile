@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart
+TEST_PROCESSES ?= 2
 
 .PHONY: env quickstart test lint bench
 .DELETE_ON_ERROR:
@@ -27,7 +28,7 @@ quickstart: env
 	@$(BIN)/unified-rl report $(RUN)
 
 test: env
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .
