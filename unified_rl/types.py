@@ -47,6 +47,8 @@ class Completion:
     """Cut at the most tokens, or turns, that a completion may have."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """What an environment said of an episode; rewards receive it by name, as they do columns."""
+    spoiled: bool = False
+    """Decoded to something that is not finite: it counts as failed with every reward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

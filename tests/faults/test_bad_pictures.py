@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.unit.toys import Bandit, build_parts
@@ -13,9 +14,14 @@ from unified_rl.cli import main
 from unified_rl.data.prompts import PromptSampler
 from unified_rl.data.sources import load_rows
 from unified_rl.errors import RecipeError
+from unified_rl.policies import build_policy
+from unified_rl.recipe.file import load_recipe
+from unified_rl.rewards.scoring import reward_of, score
+from unified_rl.rewards.types import RewardFailedError
 from unified_rl.run_folder.tracking import read_jsonl
 from unified_rl.stopping import StopSignal
 from unified_rl.train import Position, run_loop
+from unified_rl.types import Completion, Prompt
 from unified_rl.worlds import shapes
 
 NUM_ROWS = 8
@@ -119,3 +125,52 @@ def test_pictures_with_nothing_on_them_are_scored(size: tuple[int, int]):
     for reward in (shapes.shapes_strict, shapes.shapes_graded):
         (value,) = reward([row["prompt"]], [Image.new("RGB", size)], **columns)
         assert 0.0 <= value < 0.5
+
+
+def drawer():
+    recipe = load_recipe("quickstart", ["policy.sampling={num_inference_steps: 2, noise_steps: 1}"])
+    return build_policy(recipe, torch.device("cpu"))
+
+
+def asked(num: int) -> list[Prompt]:
+    return [Prompt(text="a red circle", images=(), columns={}, seed=row, group_id=0) for row in range(num)]
+
+
+def spoil(policy, rows: list[int], *, sliced: bool) -> None:
+    """Let the decoder give NaN for some rows, as one in half precision does; it goes row by row if `sliced`."""
+    vae, calls = policy._pipeline.vae, []
+    vae.enable_slicing() if sliced else vae.disable_slicing()
+
+    def bad(_module, _args, output):
+        calls.append(None)
+        output = output.clone()
+        if not sliced:
+            output[rows, 0, 0, 0] = torch.nan
+        elif len(calls) - 1 in rows:
+            output[0, 0, 0, 0] = torch.nan
+        return output
+
+    vae.decoder.register_forward_hook(bad, prepend=True)
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_a_picture_that_its_decoder_spoils_is_told_from_a_black_one(sliced: bool):
+    policy = drawer()
+    assert [each.spoiled for each in policy.sample(asked(3)).completions] == [False] * 3
+    spoil(policy, [1], sliced=sliced)
+    with pytest.warns(RuntimeWarning, match="invalid value"):  # a picture all the same, for who looks at the samples
+        completions = policy.sample(asked(3)).completions
+    assert [each.spoiled for each in completions] == [False, True, False]
+    assert all(isinstance(each.images[0], Image.Image) for each in completions)
+
+
+def test_spoiled_pictures_are_failures_and_too_many_end_the_run():
+    black = Image.new("RGB", (8, 8))
+    likes_black = reward_of(lambda prompts, completions, **columns: [1.0] * len(completions), name="likes_black")
+    rows = [Completion(text=None, images=(black,), spoiled=row == 3) for row in range(20)]
+    judged = score([likes_black], asked(20), rows)
+    assert judged.breakdown["likes_black"].isnan().tolist() == [row == 3 for row in range(20)]
+    assert judged.report["failures/likes_black"] == 1.0
+    rows = [Completion(text=None, images=(black,), spoiled=row < 3) for row in range(20)]
+    with pytest.raises(RewardFailedError, match=r"decoded to NaN; policy.dtype.* \(in 3 of 20"):
+        score([likes_black], asked(20), rows)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from unified_rl.policies import differentiable, recorded_pictures, savings
 from unified_rl.policies.bypass import bypassing, recording
+from unified_rl.policies.decoding import watched_decoder
 from unified_rl.policies.denoisers import Denoisers
 from unified_rl.policies.denoising import PredictPass, first_latents
 from unified_rl.policies.encoders import Encoders
@@ -164,16 +165,19 @@ class DiffusionPolicy:
         tape = SamplePass([prompt.seed for prompt in prompts], dtype)
         templates: list[list[Any]] = []
         record = recording(tape, templates, len(prompts))
-        with torch.no_grad(), self._pass(tape, record, prompts, settings, noisy):
+        with (
+            torch.no_grad(),
+            self._pass(tape, record, prompts, settings, noisy),
+            watched_decoder(self._pipeline, len(prompts)) as spoiled,
+        ):
             images = rows_of(self._call(prompts, settings), len(prompts))
         if not tape.states:
             raise UnsupportedPipelineError(
                 f"{type(self._pipeline).__name__}: its loop never stepped its own scheduler (a pipeline of pipelines?)"
             )
         check_plan(settings, tape.step, noisy=sum(tape.stochastic))
-        if (
-            not evaluation
-        ):  # a loop over two schedulers, or over several stretches of a video, has more than one schedule
+        if not evaluation:
+            # A loop over two schedulers, or over several stretches of a video, has more than one schedule.
             self.max_steps = {SEGMENT: max(self.max_steps[SEGMENT], sum(tape.stochastic))}
         states, stored = stored_states(tape, dtype)
         mask = torch.tensor(tape.stochastic).repeat(len(prompts), 1)
@@ -192,7 +196,9 @@ class DiffusionPolicy:
         return Trajectory(
             group_ids=torch.tensor([prompt.group_id for prompt in prompts]),
             segments={SEGMENT: segment},
-            completions=[Completion(text=None, images=row) for row in images],
+            completions=[
+                Completion(text=None, images=row, spoiled=bad) for row, bad in zip(images, spoiled(), strict=True)
+            ],
             policy_version=self.version,
         )
 

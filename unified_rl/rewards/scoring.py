@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib.metadata
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,8 +229,20 @@ class Scoring:
             for rows, outcome in parts:
                 for row, value in zip(rows, outcome.values, strict=True):
                     values[reward.name][row] = value
+            outcomes[reward.name] = self._without_spoiled(outcomes[reward.name], values[reward.name])
         report = shares_of(self._rewards, outcomes)
         return compose(self._rewards, values, report)
+
+    def _without_spoiled(self, outcome: Outcome, values: list[float]) -> Outcome:
+        """Take back what a reward said of completions that are none (black, to it): they are failures."""
+        spoiled = [row for row, completion in enumerate(self._completions) if completion.spoiled]
+        if not spoiled:
+            return outcome
+        judged = sum(not math.isnan(values[row]) for row in spoiled)
+        for row in spoiled:
+            values[row] = math.nan
+        reason = "got pictures that were decoded to NaN; policy.dtype: float32 or bfloat16, or another VAE"
+        return replace(outcome, failed=outcome.failed + judged, reason=reason)
 
     def _wait(self, seconds: float) -> bool:
         """Wait for the answers, not longer than told; whether all are there.
