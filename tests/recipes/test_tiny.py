@@ -38,7 +38,9 @@ def test_a_recipe_for_a_real_model_trains_its_twin(name: str, tmp_path: Path):
     assert cli.main(["train", name, "--tiny", "--output", str(tmp_path)]) == 0
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [1, 2]
-    assert metrics[0].get("replay_gap", 0.0) <= 1e-5
+    # Generation with a cache rounds otherwise than scoring, in bfloat16 by an amount that depends on the CPU.
+    rounds = full.policy.family == "causal_lm" and full.policy.dtype == "bfloat16"
+    assert metrics[0].get("replay_gap", 0.0) <= (1e-2 if rounds else 1e-5)
     assert metrics[0]["grad_norm"] > 0
     resolved = load_recipe(str(tmp_path / "recipe.yaml"))
     assert resolved.policy.adapter == full.policy.adapter.model_copy(

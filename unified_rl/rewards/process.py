@@ -185,7 +185,10 @@ def _how_it_ended(process: subprocess.Popen) -> str:
     """Of one whose connection was cut; it is not reaped, so that nobody else can get its number."""
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:
-        end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        try:
+            end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # `close`, from another thread, has ended and reaped it
+            return "was closed"
         if end is not None:
             by_itself = end.si_code == os.CLD_EXITED
             how = f"exit code {end.si_status}" if by_itself else f"signal {signal.Signals(end.si_status).name}"
