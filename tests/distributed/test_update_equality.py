@@ -25,8 +25,8 @@ RECIPES = {
     "quickstart_vlm": [],
     "quickstart_vla": [],
     "quickstart_think_then_draw": ["policy.sampling.think.max_new_tokens=8"],
-    # Wan 2.2: the first of the three steps is drawn by one transformer, the others by the other one. Both updates are of
-    # one rollout: rewards of its second one would differ by a pixel that is rounded up in one run alone.
+    # Wan 2.2: the first of the three steps is drawn by one transformer, the others by the other one. Both updates are
+    # of one rollout: rewards of its second one would differ by a pixel that is rounded up in one run alone.
     "wan22_t2v_dance_grpo": [
         "--tiny",
         "epochs=2",
