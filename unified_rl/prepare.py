@@ -22,7 +22,7 @@ from unified_rl.data.prompts import stable
 from unified_rl.engine import distributed
 from unified_rl.memory import Memory
 from unified_rl.objectives import kl as divergence
-from unified_rl.objectives.sample_weights import SAMPLE_WEIGHTS
+from unified_rl.objectives.sample_weights import SAMPLE_WEIGHTS, contrast
 from unified_rl.protocols import Policy
 from unified_rl.recipe.objective import Objective
 from unified_rl.recipe.objective_rules import GAUSSIAN_LOSSES
@@ -179,6 +179,8 @@ def advantages_of(
         advantages = gdpo_advantages(breakdown, weights, ~rewards.isnan(), group_ids, **spread)
     elif kind in SAMPLE_WEIGHTS:
         advantages = SAMPLE_WEIGHTS[kind](rewards, group_ids, objective.temperature)
+        if objective.subtract_mean:
+            advantages = contrast(advantages, rewards, group_ids)
     elif kind == "pass_k":
         advantages = pass_k_advantages(rewards, group_ids, **spread)
     else:

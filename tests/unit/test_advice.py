@@ -29,6 +29,7 @@ IDLE: list[tuple[str, dict[str, Any], str, str]] = [
     ("causal_lm", {"prompt_buffer": 64}, "prompt_buffer", "advantage prompt_std"),
     ("causal_lm", {"prompt_min_count": 4}, "prompt_min_count", "advantage prompt_std"),
     ("causal_lm", {"preset": "best_of_n", "temperature": 0.1}, "temperature", "advantage exponential"),
+    ("diffusion", {"preset": "awm", "subtract_mean": True}, "subtract_mean", "method sft"),
     ("causal_lm", {"beside_coef": 0.1}, "beside_coef", "beside"),
     ("diffusion", {"preset": "awm", "mix_coef": 0.5}, "mix_coef", "method nft"),
     ("diffusion", {"preset": "diffusion_nft", "error_weight": "t"}, "error_weight", "a method over denoising errors"),
@@ -134,6 +135,16 @@ def test_imitating_one_s_own_samples_whatever_they_are_is_told(tmp_path: Path) -
     assert line.startswith("objective.advantage: uniform imitates the policy's own samples")
     (tmp_path / "r.jsonl").write_text("")
     assert told(tmp_path, {"preset": "sft"}, data={"rollouts": str(tmp_path / "r.jsonl")}) == []
+
+
+@pytest.mark.parametrize("preset", ["rwr", "best_of_n"])
+def test_a_denoiser_that_imitates_its_sampler_is_told(tmp_path: Path, preset: str) -> None:
+    (line,) = told(tmp_path, {"preset": preset}, "diffusion")
+    assert line.startswith("objective.subtract_mean: a denoiser that imitates its own samples")
+    assert told(tmp_path, {"preset": preset, "subtract_mean": True}, "diffusion") == []
+    assert told(tmp_path, {"preset": preset}) == []
+    (tmp_path / "r.jsonl").write_text("")
+    assert told(tmp_path, {"preset": preset}, "diffusion", data={"rollouts": str(tmp_path / "r.jsonl")}) == []
 
 
 def test_segments_are_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from unified_rl.methods import PLANS
 from unified_rl.metrics import StepMetrics
 from unified_rl.objectives.forward_process import FORWARD_LOSSES
 from unified_rl.objectives.preference import SCORE_LOSSES, pair_losses
-from unified_rl.objectives.sample_weights import SAMPLE_WEIGHTS
+from unified_rl.objectives.sample_weights import SAMPLE_WEIGHTS, contrast
 from unified_rl.recipe.method_rules import METHOD_KINDS
 from unified_rl.train import StopSignal, collect, plan_update, run_loop, start
 from unified_rl.types import Denoised, Segment
@@ -259,6 +259,25 @@ def test_sample_weights_by_hand():
     assert got["exponential"] == pytest.approx([low / mean, high / mean, high / mean, 0, 1, 1])
 
 
+def test_what_a_group_has_in_common_can_be_taken_out(tmp_path: Path):
+    rewards = torch.tensor([1.0, 3.0, 3.0, math.nan, 2.0, 2.0])
+    groups = torch.tensor([0, 0, 0, 0, 7, 7])
+    weights = SAMPLE_WEIGHTS["best"](rewards, groups, 1.0)
+    assert contrast(weights, rewards, groups).tolist() == pytest.approx([-1 / 3, 1 / 6, 1 / 6, 0, 0, 0])
+    found = {}
+    for preset in ("rwr", "best_of_n"):
+        objective = {"preset": preset, "subtract_mean": True, "train_steps": 1}
+        parts = build_parts(tmp_path / preset, Denoiser([0.3, 0.1]), objective=objective)
+        found[preset] = gradient(parts)
+        _, (prepared,), _ = collect(parts, 0)
+        assert prepared.advantages.view(2, 8).sum(1).tolist() == pytest.approx([0, 0], abs=1e-12)
+        # Of half the error, a mean over 2 dims, (3 drift - end)^2: 3 (3 drift - end) / 2. The drift drops out.
+        ends = prepared.segment.actions["states"][:, -1]
+        expected = -1.5 * (prepared.advantages.float()[:, None] * ends).mean(0)
+        torch.testing.assert_close(found[preset], expected, rtol=0.1, atol=0.02)
+    assert all(float(grad.abs().max()) > 0.05 for grad in found.values())
+
+
 @pytest.mark.parametrize(
     ("objective", "policy", "message"),
     [
@@ -268,6 +287,8 @@ def test_sample_weights_by_hand():
         ({"preset": "dpo"}, Denoiser, "all.pair_coef: 0.1 is for texts"),
         ({"preset": "sft", "advantage": "group_std"}, Bandit, "all.advantage: group_std has negative values"),
         ({"preset": "dpo", "advantage": "rloo"}, Bandit, "all.advantage: rloo names no pairs"),
+        ({"preset": "rwr", "subtract_mean": True}, Bandit, "all.subtract_mean: would push worse texts away"),
+        ({"preset": "sft", "subtract_mean": True}, Denoiser, "all.subtract_mean: leaves nothing of uniform weights"),
         ({"advantage": "best"}, Bandit, "all.advantage: best is for sft and dpo; for policy_gradient use pass_k"),
         ({"preset": "diffusion_nft", "loss": "sapo"}, Denoiser, "all.loss: only policy gradients use it, not nft"),
         ({"preset": "awm", "kl": {"estimator": "k3"}}, Denoiser, "all.kl.estimator: k3 compares steps"),

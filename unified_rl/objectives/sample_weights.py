@@ -56,6 +56,23 @@ def best_worst(rewards: Tensor, group_ids: Tensor, temperature: float) -> Tensor
     return _by_group(rewards, group_ids, of_group)
 
 
+def contrast(weights: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """Weights minus their group's mean: what a group's samples have in common is not imitated.
+
+    For a sampler that draws from exactly what the loss fits, the mean's gradient is zero in expectation, and this a
+    baseline (Williams 1992). A denoiser's few steps draw something else: imitating all of its samples alike then has a
+    gradient of its own, that of the sampler's error, which this takes out.
+
+    Args:
+        weights: [N], of one of the functions above.
+    """
+
+    def of_group(values: Tensor) -> Tensor:
+        return values - values.mean()
+
+    return _by_group(weights.masked_fill(rewards.isnan(), torch.nan), group_ids, of_group)
+
+
 def _by_group(rewards: Tensor, group_ids: Tensor, of_group: Callable[[Tensor], Tensor]) -> Tensor:
     weights = torch.zeros(rewards.shape, dtype=torch.float64)
     for group in group_ids.unique():

@@ -29,8 +29,21 @@ def advice(recipe: Recipe) -> list[str]:
         ]
         if objective.method == "sft" and objective.advantage == "uniform" and recipe.data.rollouts is None:
             lines.append(("advantage", "uniform imitates the policy's own samples whatever their rewards; use best"))
+        if _imitates_its_sampler(objective, family) and recipe.data.rollouts is None:
+            lines.append(
+                (
+                    "subtract_mean",
+                    "a denoiser that imitates its own samples learns the errors of its sampler too, often faster than"
+                    " what is better; say subtract_mean: true",
+                )
+            )
         found += [f"{where}{key}: {text}" for key, text in lines]
     return found
+
+
+def _imitates_its_sampler(objective: Objective, family: str) -> bool:
+    weighted = objective.method == "sft" and objective.advantage in ("exponential", "best")
+    return weighted and family not in CATEGORICAL and not objective.subtract_mean
 
 
 def _off_policy(objective: Objective, family: str, updates: int) -> Iterator[tuple[str, str]]:
@@ -89,6 +102,7 @@ def _uses(objective: Objective, family: str) -> Iterator[tuple[str, bool, str]]:
     yield "prompt_buffer", advantage == "prompt_std", "advantage prompt_std"
     yield "prompt_min_count", advantage == "prompt_std", "advantage prompt_std"
     yield "temperature", advantage == "exponential", "advantage exponential"
+    yield "subtract_mean", "sft" in methods, "method sft"
     yield "beside_coef", objective.beside is not None, "beside"
     yield "mix_coef", "nft" in methods, "method nft"
     scored = family not in CATEGORICAL and {"sft", "dpo", "dgpo"} & methods

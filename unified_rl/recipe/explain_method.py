@@ -42,6 +42,8 @@ def _used_keys(objective: Objective, method: str) -> list[str]:
         keys = ["pair_coef", "clip_low", "clip_high"]
     elif method == "sft" and objective.advantage == "exponential":
         keys = ["temperature"]
+    if method == "sft" and objective.subtract_mean:
+        keys.append("subtract_mean")
     if method in SCORED and objective.error_weight is not None:
         keys.append("error_weight")
     if method in OLD_METHODS or method not in METHOD_KINDS:

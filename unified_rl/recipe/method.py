@@ -38,6 +38,9 @@ class MethodBlock(Block):
     """nft, awm, dgpo: the old policy to compare with, a name of `snapshots`; trained: the weights before the update."""
     temperature: float = Field(default=1.0, gt=0)
     """advantage exponential: exp(reward / temperature)."""
+    subtract_mean: bool = False
+    """advantage exponential or best, of denoisers: weights minus their group's mean, so that what all samples of a
+    group have in common, the errors of a sampler with few steps included, is not imitated."""
     mix_coef: float = Field(default=1.0, gt=0)
     """nft: how far the positive policy lies from the old one, in units of the trained one's distance."""
     error_weight: Literal["uniform", "t", "t2", "huber", "ghuber"] | None = None

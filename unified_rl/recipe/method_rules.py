@@ -44,6 +44,8 @@ def method_refusals(objective: "Objective", tokens: bool) -> Iterator[tuple[str,
     """
     yield from _of_the_method(objective, tokens)
     yield from _of_the_advantage(objective)
+    if objective.subtract_mean and "sft" in objective.methods:
+        yield from _of_the_contrast(objective, tokens)
     yield from _of_the_kl(objective, tokens)
     if "steps" not in objective.kinds:
         defaults = type(objective).model_fields
@@ -154,6 +156,17 @@ def _of_the_advantage(objective: "Objective") -> Iterator[tuple[str, str]]:
         if method in ("policy_gradient", "nft", "awm", "dgpo") and advantage in (*IMITATED, "best_worst"):
             instead = "pass_k" if advantage == "best" and method == "policy_gradient" else "group_std"
             yield "advantage", f"{advantage} is for sft and dpo; for {method} use {instead}"
+
+
+def _of_the_contrast(objective: "Objective", tokens: bool) -> Iterator[tuple[str, str]]:
+    if tokens:
+        yield (
+            "subtract_mean",
+            "would push worse texts away without bound; leave it out (texts are drawn from what is fitted), or use"
+            " policy_gradient",
+        )
+    elif objective.advantage == "uniform":
+        yield "subtract_mean", "leaves nothing of uniform weights; use exponential or best"
 
 
 def _of_the_kl(objective: "Objective", tokens: bool) -> Iterator[tuple[str, str]]:
