@@ -1,6 +1,7 @@
 """A replay that differs from its rollout ends the run before a weight has changed, and what is to blame is named."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from toys import build_parts
 
 from tests.contract.pipelines.check import policy_of
 from unified_rl.errors import RecipeError
+from unified_rl.policies.probing import UNGUIDED_REMEDY
 from unified_rl.replay import AGAIN, ROLLOUT_SHAPE, SAME, diagnosis
 from unified_rl.rewards.scoring import reward_of
 from unified_rl.run_folder.resume import Position
@@ -55,7 +57,7 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "batch_shape": ("float32", "at the rollout's batch shape: set engine.rollout_batch", []),
     "low_precision": ("bfloat16", "in float32: set policy.dtype: float32", ["at the rollout's batch shape"]),
     "memory": ("float32", "with every call of the denoiser made: the denoiser or the scheduler remembers", []),
-    "guided": ("float32", "without guidance: what guides remembers", ["with every call of the denoiser made"]),
+    "guided": ("float32", f"without guidance: {re.escape(UNGUIDED_REMEDY)}", ["with every call of the denoiser made"]),
     "counter": ("float32", "two replays of the same rows differ: something is drawn at random or remembered", []),
 }
 

@@ -42,7 +42,7 @@ class Encoders:
         return torch.stack([words, 2 * words, 3 * words]), [words, words + 1]
 
     def packed(self, prompt: list[str]) -> tuple[Tensor, Tensor]:
-        """Kandinsky 5: tokens of all rows in a line, and where each row ends."""
+        """Tokens of all rows in a line, and where each row ends."""
         self.seen.append(prompt)
         ends = torch.tensor([0, *(len(word) for word in prompt)]).cumsum(0)
         return torch.cat([torch.arange(float(len(word))) for word in prompt]), ends
@@ -146,3 +146,60 @@ def test_several_tensors_of_a_text_belong_together():
         assert torch.equal(found["all"][1], 2 * found["last"]) and found["last"].shape == (len(rows), length, 1)
         assert torch.equal(found["last"][..., 0].long(), (ids * mask)[rows][:, :length])
     assert seen == [(2, 3), (1, 2)]
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_what_all_pictures_share_is_not_taken_for_a_row(first: int):
+    """Paint by Example: an embedding for each picture, and the one of no picture."""
+    nothing = torch.full((1, 1, 2), -1.0)
+    seen = []
+
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(len(pixels))
+        return pixels.mean((2, 3))[:, None], nothing
+
+    pictures = torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 2, 4, 4)
+    memo = PictureMemo()
+    memo.batch("image_encoder", encode, (pictures[:first],), {}, min_dims=4)
+    memo.batch("image_encoder", encode, (pictures,), {}, min_dims=4)
+    seen.clear()
+    for rows in ([2], [1, 0], [2, 1, 0]):
+        rows_found, shared = memo.batch("image_encoder", encode, (pictures[rows],), {}, min_dims=4)
+        assert torch.equal(rows_found[:, 0, 0], torch.tensor(rows).float()) and torch.equal(shared, nothing)
+    assert seen == []
+
+
+def test_rows_that_arguments_do_not_tell_apart_are_those_of_the_call():
+    """JoyImage: the pictures of all prompts in one list. Rows stay padded as they were encoded together."""
+    seen = []
+
+    def encode(prompt: list[str], images: list[int]) -> tuple[Tensor, Tensor]:
+        seen.append(prompt)
+        each, longest = len(images) // len(prompt), max(map(len, prompt))
+        sums = [sum(images[row * each : (row + 1) * each]) for row in range(len(prompt))]
+        mask = torch.tensor([[place < len(word) for place in range(longest)] for word in prompt])
+        return torch.tensor(sums)[:, None] * mask, mask
+
+    memo = PictureMemo()
+    rows = {"a": [1, 2], "bb": [10, 20], "ccc": [100, 200]}
+
+    def through(*words: str, image: int = 0) -> Tensor:
+        images = [each + image for word in words for each in rows[word]]
+        content = [(word, [each + image for each in rows[word]]) for word in words]
+        return memo.of_rows("encode", encode, (), {"prompt": [*words], "images": images}, content)[0]
+
+    assert through("a", "bb").tolist() == [[3, 0], [30, 30]]
+    assert through("bb").tolist() == [[30, 30]] and through("a").tolist() == [[3, 0]], "padded as in the rollout"
+    assert through("bb", "a").tolist() == [[30, 30], [3, 0]] and seen == [["a", "bb"]]
+    assert through("a", image=1).tolist() == [[5]] and len(seen) == 2, "other pictures are another row"
+    assert through("a", "ccc").tolist() == [[3, 0, 0], [300, 300, 300]] and len(seen) == 3
+
+
+def test_a_lone_prompt_is_found_as_one_of_a_list():
+    encoders, memo = Encoders(), Memo()
+    assert memo.found("encode", (["bb"],), {}, 1) is None
+    for words in (["a", "bb"], ["bb", "a"]):
+        memo.by_row("encode", encoders.doubled, (words,), {}, 2)
+    encoders.seen = []
+    assert same(memo.found("encode", (["bb"],), {}, 1), encoders.doubled(["bb"]))
+    assert memo.found("encode", (["ccc"],), {}, 1) is None and encoders.seen == [["bb"]]

@@ -111,19 +111,24 @@ class Pipeline:
 
     @property
     def stored_bytes(self) -> int:
-        """Of one sample: its states, and its picture."""
+        """Of one sample: its states, what the denoiser gave where that is stored too, and its picture."""
         channels = int(self._denoiser.get("in_channels") or 4)
         height, width = self.latent
         width_bytes = BYTES[self._sampling.state_dtype or self._policy.dtype]
         states = min(self._sampling.num_noisy + 2, self._sampling.num_inference_steps)
+        if self._sampling.store_outputs:
+            states += self._sampling.num_inference_steps * (2 if self._guided else 1)
         picture = 3 * height * width * self._scale**2
         return self.frames * (states * channels * height * width * width_bytes + picture)
 
     def activations(self, rows: int) -> int | None:
         """Bytes that one window of `rows` trajectories keeps for its backward pass."""
-        guided = float(self._call.get("guidance_scale", 7.5)) > 1 and not self._denoiser.get("guidance_embeds")
         values = self._transformer() or self._unet()
-        return None if values is None else rows * (2 if guided else 1) * values * BYTES[self._policy.dtype]
+        return None if values is None else rows * (2 if self._guided else 1) * values * BYTES[self._policy.dtype]
+
+    @property
+    def _guided(self) -> bool:
+        return float(self._call.get("guidance_scale", 7.5)) > 1 and not self._denoiser.get("guidance_embeds")
 
     def _transformer(self) -> int | None:
         config = self._denoiser

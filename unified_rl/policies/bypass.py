@@ -1,20 +1,24 @@
-"""Stand-ins for a denoiser's outputs: zeros of the recorded form where a replay does not need the real forward."""
+"""Stand-ins for a denoiser's outputs where a replay does not need the real forward: zeros of the recorded form, or what
+it gave in the rollout, for guidance that remembers earlier steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from unified_rl.policies import row_split
 from unified_rl.policies.scheduler_head import AskedPass, SamplePass, UnsupportedPipelineError
 
 MAX_UNSERVED = 8
 """Scheduler steps that may follow the last denoiser call."""
 
 
-def recording(tape: SamplePass, templates: list[list[Any]], num_rows: int) -> Callable:
-    """A denoiser wrapper that notes the form of each output, per (step, call)."""
+def recording(
+    tape: SamplePass, templates: list[list[Any]], num_rows: int, outputs: list[list[Any]] | None = None
+) -> Callable:
+    """A denoiser wrapper that notes the form of each output, per (step, call), and in `outputs` what it was (CPU)."""
 
     def denoise(forward: Callable, *args: Any, **kwargs: Any) -> Any:
         inputs = [value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)]
@@ -22,15 +26,39 @@ def recording(tape: SamplePass, templates: list[list[Any]], num_rows: int) -> Ca
         output = forward(*args, **kwargs)
         while len(templates) <= tape.step:
             templates.append([])
+            if outputs is not None:
+                outputs.append([])
         templates[tape.step].append(_template(output, num_rows))
+        if outputs is not None:
+            outputs[tape.step].append(_moved(output, torch.device("cpu")))
         return output
 
     return denoise
 
 
-def bypassing(tape: AskedPass, templates: list[list[Any]], num_rows: int) -> Callable:
+def outputs_by_row(outputs: Sequence[Sequence[Any]], stochastic: Sequence[bool], num_rows: int) -> list[Any]:
+    """What `recording` noted, for each row: [steps][calls] of its part and of what puts parts together again. Up to the
+    last stochastic step, if there is one: no replay skips later ones."""
+    outputs = outputs[: 1 + max((step for step, noisy in enumerate(stochastic) if noisy), default=len(outputs))]
+    rows: list[list[list[Any]]] = [[[] for _ in outputs] for _ in range(num_rows)]
+    for step, calls in enumerate(outputs):
+        for output in calls:
+            layout = _layout(output, num_rows)
+            form = (layout, row_split.emptied(output, layout))
+            for row in range(num_rows):
+                rows[row][step].append((row_split.take(output, layout, row, num_rows), form))
+    return rows
+
+
+def bypassing(
+    tape: AskedPass, templates: list[list[Any]], num_rows: int, outputs: Sequence[Any] | None = None
+) -> Callable:
     """A denoiser wrapper that runs the real forward only where its output reaches an asked step: calls made at one step
-    serve every step up to the next one with calls of its own (joint audio and video loops step two schedulers)."""
+    serve every step up to the next one with calls of its own (joint audio and video loops step two schedulers).
+
+    Args:
+        outputs: of the rows, from `outputs_by_row`; None: zeros stand in.
+    """
     calls = {"step": -1, "count": 0}
     serves = [bool(_served(templates, step) & set(tape.asked)) for step in range(len(templates))]
 
@@ -43,9 +71,16 @@ def bypassing(tape: AskedPass, templates: list[list[Any]], num_rows: int) -> Cal
         if tape.step >= len(templates) or call >= len(templates[tape.step]):
             raise UnsupportedPipelineError("the replayed loop calls the denoiser more often than sampling did")
         device = next(value.device for value in [*args, *kwargs.values()] if isinstance(value, Tensor))
+        if outputs is not None and tape.step < len(outputs[0]):
+            return _moved(_joined([row[tape.step][call] for row in outputs]), device)
         return _zeros(templates[tape.step][call], num_rows, device)
 
     return denoise
+
+
+def calling(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A denoiser wrapper that makes every call."""
+    return forward(*args, **kwargs)
 
 
 def _served(templates: list[list[Any]], step: int) -> set[int]:
@@ -68,6 +103,32 @@ def _template(output: Any, num_rows: int) -> Any:
     if output is None:
         return None
     raise UnsupportedPipelineError(f"the denoiser returns a {type(output).__name__}, which cannot be bypassed")
+
+
+def _layout(output: Any, num_rows: int) -> row_split.Layout:
+    """That of a denoiser's output: guidance puts all rows behind each other."""
+    if isinstance(output, Tensor):
+        return row_split.Layout("rows", blocks=len(output) // num_rows)
+    if output is None:
+        return row_split.Layout("rows")
+    parts = output.values() if isinstance(output, dict) else output
+    return row_split.Layout("parts", parts=tuple(_layout(part, num_rows) for part in parts))
+
+
+def _joined(rows: Sequence[tuple[Any, tuple[row_split.Layout, Any]]]) -> Any:
+    layout, like = rows[0][1]
+    return row_split.join([part for part, _ in rows], layout, like=like)
+
+
+def _moved(output: Any, device: torch.device) -> Any:
+    """A denoiser's output on another device, without its graph."""
+    if isinstance(output, Tensor):
+        return output.detach().to(device)
+    if isinstance(output, BaseOutput):
+        return type(output)(**{key: _moved(value, device) for key, value in output.items()})
+    if isinstance(output, dict):
+        return {key: _moved(value, device) for key, value in output.items()}
+    return output if output is None else type(output)(_moved(value, device) for value in output)
 
 
 def _zeros(template: Any, num_rows: int, device: torch.device) -> Any:

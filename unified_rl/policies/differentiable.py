@@ -130,7 +130,9 @@ def with_gradients(tape: GradientPass | RenoisedPass, segment: Segment) -> Calla
     """A denoiser wrapper: gradients, with activation checkpoints, in the steps that have them; the plain forward in the
     other asked steps; none elsewhere."""
     templates: Any = segment.actions["templates"][0]
-    bypass = bypassing(tape, templates, segment.num_rows)
+    # On the rollout's own path; finished samples that were noised again have no earlier steps.
+    outputs: Any = segment.actions.get("outputs") if isinstance(tape, GradientPass) else None
+    bypass = bypassing(tape, templates, segment.num_rows, outputs)
 
     def denoise(forward: Callable, *args: Any, **kwargs: Any) -> Any:
         if not tape.with_grad:

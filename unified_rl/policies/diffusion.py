@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from unified_rl.policies import differentiable, recorded_pictures, savings
-from unified_rl.policies.bypass import bypassing, recording
+from unified_rl.policies.bypass import bypassing, calling, outputs_by_row, recording
 from unified_rl.policies.decoding import watched_decoder
 from unified_rl.policies.denoisers import Denoisers
 from unified_rl.policies.denoising import PredictPass, first_latents
@@ -44,7 +44,10 @@ from unified_rl.recipe.policy import SHARES, DiffusionSampling, PolicyBlock
 from unified_rl.types import Completion, Denoised, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
 SEGMENT = "image"
-STATEFUL = "the denoiser or the scheduler remembers earlier steps (a cache, a multistep solver); switch that off"
+STATEFUL = (
+    "the denoiser or the scheduler remembers earlier steps (a cache, a multistep solver): switch that off; or a guider "
+    "does (momentum): set policy.sampling.store_outputs: true"
+)
 CALL_DEFAULTS = "call_defaults.json"
 """A checkpoint folder may hold default call arguments in this file, beside model_index.json."""
 
@@ -164,7 +167,8 @@ class DiffusionPolicy:
         dtype = None if evaluation or settings.state_dtype is None else getattr(torch, settings.state_dtype)
         tape = SamplePass([prompt.seed for prompt in prompts], dtype)
         templates: list[list[Any]] = []
-        record = recording(tape, templates, len(prompts))
+        outputs: list[list[Any]] | None = [] if settings.store_outputs and not evaluation else None
+        record = recording(tape, templates, len(prompts), outputs)
         with (
             torch.no_grad(),
             self._pass(tape, record, prompts, settings, noisy),
@@ -188,6 +192,7 @@ class DiffusionPolicy:
                 "stored": [stored] * len(prompts),
                 "templates": [templates] * len(prompts),
                 "levels": [tape.levels] * len(prompts),
+                **({} if outputs is None else {"outputs": outputs_by_row(outputs, tape.stochastic, len(prompts))}),
             },
             rollout_log_probs=torch.stack(tape.log_probs, dim=1).cpu(),
             loss_mask=mask,
@@ -211,7 +216,8 @@ class DiffusionPolicy:
         templates: list[list[Any]] = segment.actions["templates"][0]  # type: ignore[assignment]
         states: Any = segment.actions["states"]
         tape = ReplayPass(states, segment.actions["stored"][0], asked, segment.rollout_log_probs.shape[1])  # type: ignore[arg-type]
-        bypass = self._skipping(tape, templates, len(prompts))
+        outputs = segment.actions.get("outputs")
+        bypass = bypassing(tape, templates, len(prompts), outputs) if self._fast_forward else calling  # type: ignore[arg-type]
         noisy = segment.loss_mask[0].nonzero().flatten().tolist()
         with self._pass(tape, bypass, prompts, self._settings[False], noisy), suppress(LoopLeft):
             self._call(prompts, self._settings[False])
@@ -275,8 +281,8 @@ class DiffusionPolicy:
             return
         with torch.no_grad(), self._encoders.alone():
             for prompt in prompts:
-                self._encoders.seeds = [prompt.seed]
                 for settings in self._settings.values():
+                    self._encoders.begin([prompt], settings.call, [prompt.seed])
                     with suppress(LoopLeft):
                         self._call([prompt], settings)
         self._encoders.drop()
@@ -345,10 +351,6 @@ class DiffusionPolicy:
         active = functools.partial(switched_off, self, "_fast_forward")
         return [*found, Probe(change="with every call of the denoiser made", remedy=STATEFUL, active=active)]
 
-    def _skipping(self, tape: Any, templates: list[list[Any]], num_rows: int) -> Callable:
-        """The denoiser's wrapper in a replay."""
-        return bypassing(tape, templates, num_rows) if self._fast_forward else _calling
-
     def _noise_seeds(self, prompts: Sequence[Prompt], settings: DiffusionSampling) -> list[int]:
         """The seeds of what the pipeline draws itself, its first latents above all."""
         if shares_initial_noise(settings):
@@ -380,7 +382,7 @@ class DiffusionPolicy:
                 f"{type(self._pipeline).__name__} takes one row a call (engine.rollout_batch and micro_batch: 1)"
             )
         self._begin(tape, settings, noisy)
-        self._encoders.seeds = self._noise_seeds(prompts, settings)
+        self._encoders.begin(prompts, settings.call, self._noise_seeds(prompts, settings))
         devices = [self._device] if self._device.type == "cuda" else []
         try:
             with self._denoisers.wrapped(denoise), torch.random.fork_rng(devices):
@@ -394,7 +396,3 @@ class DiffusionPolicy:
                     )
         finally:
             self._end()
-
-
-def _calling(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    return forward(*args, **kwargs)

@@ -4,7 +4,7 @@ weights may be out of the way in between."""
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unified_rl.errors import RecipeError
 from unified_rl.policies.picture_memo import PictureMemo
 from unified_rl.policies.scheduler_head import LoopLeft
+from unified_rl.types import Prompt
 
 UNLIMITED = 1 << 62
 """Bytes: encodings of text encoders that are gone must not be forgotten."""
@@ -34,6 +35,8 @@ class Encoders:
         """
         self.seeds: list[int] = []
         """Of the rows of the current call; they draw what the pipeline draws without a generator."""
+        self._rows: Sequence[Any] = []
+        """What each row of the current call is made of."""
         self._memo = PictureMemo(UNLIMITED) if mode == "drop" else PictureMemo()
         self._text = TextEncoders(pipeline, mode)
         self._alone = self._in_prompt = False
@@ -52,6 +55,11 @@ class Encoders:
                 original: Callable = getattr(component, method)
                 pictures = functools.partial(self._pictures, name, original)
                 setattr(component, method, functools.wraps(original)(pictures))
+
+    def begin(self, prompts: Sequence[Prompt], call: Mapping[str, Any], seeds: Sequence[int]) -> None:
+        """Tell of the rows of the next call: their prompts, its other arguments, and `seeds`."""
+        self.seeds = [*seeds]
+        self._rows = [(prompt.text, prompt.images, prompt.columns, call) for prompt in prompts]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -84,8 +92,13 @@ class Encoders:
         def remembered(*args: Any, **kwargs: Any) -> Any:
             prompt = args[0] if args else kwargs.get("prompt")
             num_rows = len(prompt) if isinstance(prompt, list) else 0
-            with self._prompt(by_row=num_rows > 0):
-                encoded = self._memo.by_row(name, encode, args, kwargs, num_rows)
+            encoded = None
+            if isinstance(prompt, str):  # some calls take a lone prompt as it is, and several in a list
+                listed = (([prompt], *args[1:]), kwargs) if args else ((), {**kwargs, "prompt": [prompt]})
+                encoded = self._memo.found(name, *listed, 1)
+            if encoded is None:
+                with self._prompt(by_row=num_rows > 0):
+                    encoded = self._memo.by_row(name, encode, args, kwargs, num_rows)
             if self._alone:
                 raise LoopLeft
             return encoded
@@ -103,29 +116,30 @@ class Encoders:
             self._in_prompt = False
 
     def _text_whole(self, name: str, encode: Callable, *args: Any, **kwargs: Any) -> Any:
-        """A text encoder's result for a whole batch by content."""
+        """A text encoder's result for prompts together with their pictures, by the content of the call's rows."""
 
         def brought(*args: Any, **kwargs: Any) -> Any:
             self._text.bring()
             return encode(*args, **kwargs)
 
         with self._prompt(by_row=True):  # as far as that goes
-            return self._memo.whole(name, brought, args, kwargs)
+            return self._memo.of_rows(name, brought, args, kwargs, self._rows)
 
     def _texts(self, name: str, encoder: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        """A text encoder's forward; its rows are remembered where nothing around it does so."""
+        """A text encoder's forward; its rows are remembered where nothing around it does so, and found everywhere."""
 
         def brought(*args: Any, **kwargs: Any) -> Any:
             self._text.bring()
             return forward(*args, **kwargs)
 
-        if (self._in_prompt and self._memo.is_split) or any(part._forward_hooks for part in encoder.modules()):
+        if any(part._forward_hooks for part in encoder.modules()):
             return brought(*args, **kwargs)  # hooks read what a layer computes
         if "use_cache" in inspect.signature(forward).parameters and kwargs.get("past_key_values") is None:
             kwargs.setdefault("use_cache", False)  # nothing goes on from an encoding, and a cache has no rows
         name = f"{name} in {next(encoder.parameters()).dtype}"  # token ids say nothing of it
         with self._text.encoding():
-            return self._memo.batch(name, brought, args, kwargs, min_dims=2)
+            keep = not (self._in_prompt and self._memo.is_split)
+            return self._memo.batch(name, brought, args, kwargs, min_dims=2, keep=keep)
 
     def _pictures(self, name: str, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         """A frozen encoder's result by content; a VAE's draw without a generator comes from the rows' own seeds."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unified_rl.policies.bypass import recording
+from unified_rl.policies.bypass import bypassing, calling, recording
 from unified_rl.policies.diffusion import SEGMENT, DiffusionPolicy
 from unified_rl.policies.frozen_tower import Remembered
 from unified_rl.policies.memo import Memo
@@ -125,7 +125,7 @@ class MaskedDiffusionPolicy(DiffusionPolicy):
             samples = segment.actions["samples"]
             asked = range(asked.start + 1, asked.stop + 1)  # the state of a mask is the one after the loop's step
         tape: Any = UnmaskReplay(states, asked, samples)
-        bypass = self._skipping(tape, templates, len(prompts))
+        bypass = bypassing(tape, templates, len(prompts)) if self._fast_forward else calling
         with self._pass(tape, bypass, prompts, settings, None), suppress(LoopLeft):
             self._call(prompts, settings)
         if len(tape.log_probs) != len(asked):

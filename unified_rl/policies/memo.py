@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def fingerprint(value: Any) -> Hashable:
         return ("image", value.mode, value.size, hashlib.sha256(value.tobytes()).digest())
     if isinstance(value, (list, tuple)):
         return tuple(fingerprint(item) for item in value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return tuple((key, fingerprint(item)) for key, item in sorted(value.items()))
     if value is None or isinstance(value, (str, bool, int, float, torch.device, torch.dtype)):
         return (type(value).__name__, value)
@@ -141,6 +142,23 @@ class Memo:
             found[key] = row_split.take(result, layout, 0, 1)
             self._put(key, found[key])
         return self._joined(form, keys, [found[key] for key in keys], whole)
+
+    def found(self, name: str, args: tuple, kwargs: dict, num_rows: int) -> Any | None:
+        """What `by_row` would return for rows that are all known; None: some are not."""
+        try:
+            shared, rows = _split_arguments(args, kwargs, num_rows)
+        except OpaqueError:
+            return None
+        return self._known((name, shared), [(name, shared, row) for row in rows])
+
+    def _known(self, form: Hashable, keys: Sequence[Hashable]) -> Any | None:
+        """The result for rows that are all known, or None."""
+        layout = self._layouts.get(form)
+        if layout is None or not self.knows(keys):
+            return None
+        with suppress(row_split.RowsDifferError):
+            return row_split.join([self._get(key) for key in keys], layout, like=self._examples[form])
+        return None
 
     def _unsplit(self, whole: Callable[[], Any]) -> Any:
         self.is_split = False

@@ -80,6 +80,11 @@ def layout_of_batch(result: Any, num_rows: int) -> Layout | None:
     return None if None in found else Layout("parts", parts=tuple(part for part in found if part is not None))
 
 
+def num_tensors(result: Any) -> int:
+    """How many tensors a result holds."""
+    return 1 if isinstance(result, Tensor) else sum(map(num_tensors, _parts_of(result) or ()))
+
+
 def take(result: Any, layout: Layout, row: int, num_rows: int) -> Any:
     """What belongs to one row of a result for `num_rows`: its tensors keep their dimensions."""
     if result is None:
@@ -188,6 +193,8 @@ def _rebuilt(like: Any, parts: list[Any]) -> Any:
         return DiagonalGaussianDistribution(parts[0], deterministic=like.deterministic)
     if isinstance(like, OobleckDiagonalGaussianDistribution):
         return OobleckDiagonalGaussianDistribution(parts[0])
+    if type(like) is dict:
+        return dict(zip(like, parts, strict=True))
     if isinstance(like, Mapping):
         build: Callable = type(like)
         return build(**dict(zip(like.keys(), parts, strict=True)))

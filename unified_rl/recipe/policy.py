@@ -73,8 +73,9 @@ class DiffusionSampling(Block):
     initial_noise: Literal["own", "group"] = "own"
     """group: the trajectories of a group start from the same noise (DanceGRPO)."""
     state_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Rollouts round their states to this before they are scored, and store them so: half the memory, and replay stays
-    exact. None: the latents' own."""
+    """What rollouts round their states to before they score and store them; replay stays exact. None: nothing."""
+    store_outputs: bool = False
+    """Rollouts also store what the denoiser gave, for guidance that remembers earlier steps (a momentum)."""
     call: dict[str, Any] = {}
     """Further arguments of the pipeline's call, for instance guidance_scale, height, width."""
 
@@ -153,9 +154,9 @@ class ImageTokenSampling(TokenSampling):
     processor: dict[str, Any] = {}
     """Further arguments of the model's processor: ratio and image_area (Emu3), target_h and target_w (GLM-Image)."""
     decoder: str | None = None
-    """A function that makes pictures of tokens, in place of the model's own decoder: `package.module:name` or
-    `path/to/file.py:name`. It takes codes [B, height, width] (numbers of the codebook) and returns B PIL pictures.
-    Chameleon needs one, and GLM-Image without its pipeline: transformers has only their encoders."""
+    """A function that makes pictures of tokens in place of the model's decoder: `package.module:name`, `FILE.py:name`.
+    It takes codes [B, height, width] (numbers of the codebook) and returns B PIL pictures. Chameleon needs one, and
+    GLM-Image without its pipeline: transformers has only their encoders."""
 
 
 class Estimated(Block):
@@ -224,8 +225,7 @@ class MaskedTextSampling(TokenSampling, Estimated):
     editing_threshold: float | None = Field(default=None, gt=0, le=1)
     """Tokens that were filled in are replaced by others drawn with a probability above it; None: they stay."""
     call: dict[str, Any] = {}
-    """Further arguments of the pipeline's call: eos_early_stop, and of LLaDA2's mask_token_id, max_post_steps,
-    minimal_topk."""
+    """Further arguments of the call: eos_early_stop, and of LLaDA2's mask_token_id, max_post_steps, minimal_topk."""
 
     @property
     def num_blocks(self) -> int:

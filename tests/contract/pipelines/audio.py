@@ -92,9 +92,9 @@ AUDIO = [
         "AceStepPipeline",
         {"text_encoder": lambda: decoder("Qwen3")}
         | {"scheduler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)},
-        LATENT | {"audio_duration": 3.0, "guidance_scale": 1.0},
+        LATENT | {"audio_duration": 3.0},
         columns={"lyrics": lambda row: "on the left"},
         attributes={"is_turbo": False},
-        note="policy.sampling.call.guidance_scale: 1, its guidance (APG) remembers earlier steps",
+        store_outputs=True,
     ),
 ]

@@ -19,6 +19,8 @@ from unified_rl.policies.pipeline_call import DENOISERS
 Kernel = Literal["auto", "flow_sde", "dance_sde", "cps", "ddim", "ancestral", "renoise"]
 NEVER = {"safety_checker", "watermarker", "image_encoder", "feature_extractor", "transformer_2", "guider"}
 """Optional components that no denoising step depends on, absent unless a case brings them."""
+UNMASKED = "pads texts to the longest of a call, without a mask"
+"""Why a row's picture depends on what it is drawn beside."""
 WANTED = {"unet", "transformer", "scheduler"}
 """Components that are built also where the class has them optional."""
 
@@ -53,9 +55,11 @@ class Case:
     """Names in the pipeline's module that fix a resolution which no test can afford, and what stands in for them."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """What is set on the instance for the same reason."""
-    encodes_again: bool = False
-    """Whether an encoder runs once more for other rows than those that were sampled together: it packs texts, or gives
-    more than rows."""
+    row_tolerance: float = 1e-5
+    """How far a log-prob of one row alone may be from the rollout's; more where rounding is large: those classes have
+    no gap at all in float64."""
+    store_outputs: bool = False
+    """Whether its guidance remembers earlier steps, so that a replay needs their outputs."""
     rows: int = 2
     """Rows of one call; 1 where the class cannot take several prompts or pictures at once."""
 

@@ -30,10 +30,11 @@ class Measured:
     gap: float
     """Largest |replayed - reported| log-prob at the rollout's batch shape."""
     row_gap: float
-    """The same for one row alone, whose matrix shapes round differently."""
+    """The same for one row alone, whose matrix shapes round differently: the first row, of the shorter text, at the
+    first noisy step, and the last row at the last one."""
     rounding: float
-    """How much a log-prob of the last noisy step, which one row alone is tried on, moves by float32's rounding of its
-    mean: eps * |mean| / std, the mean over dims as in the log-prob. EDM schedules end at a std of 0.001."""
+    """How much a log-prob of a step that one row alone is tried on moves by float32's rounding of its mean:
+    eps * |mean| / std, the mean over dims as in the log-prob. EDM schedules end at a std of 0.001."""
     smallest_gradient: float
     """Smallest gradient norm of a stochastic step, over the denoiser."""
     checkpointing_gap: float
@@ -71,7 +72,11 @@ def policy_of(
     """
     kernel = case.kernel if kernel == "auto" else kernel
     sampling = DiffusionSampling(
-        num_inference_steps=NUM_STEPS, noise_level=noise_level, kernel=kernel, call=call_settings(case)
+        num_inference_steps=NUM_STEPS,
+        noise_level=noise_level,
+        kernel=kernel,
+        call=call_settings(case),
+        store_outputs=case.store_outputs,
     )
     block = PolicyBlock(
         model=case.name,
@@ -157,7 +162,7 @@ class Watch:
 
 
 def measure(case: Case, kernel: Kernel = "auto", *, pipeline: Any | None = None) -> Measured:
-    """Sample all rows, replay each step at the batch shape with gradients, and the last one with the last row alone."""
+    """Sample all rows, replay each step at the batch shape with gradients, and two with one row alone."""
     policy = policy_of(case, kernel, pipeline=pipeline)
     watch, encoded, row_encoded = Watch(policy._pipeline), frozenset[str](), frozenset[str]()
     gaps, row_gaps, norms = [], [(0.0, 0.0)], []
@@ -171,7 +176,8 @@ def measure(case: Case, kernel: Kernel = "auto", *, pipeline: Any | None = None)
             norms.append(_norm(gradients))
         encoded |= watch.taken()
         if len(call) > 1:
-            row_gaps.append(_gap(policy, segment.rows(slice(len(call) - 1, len(call))), steps[-1]))
+            for row, at in ((0, steps[0]), (len(call) - 1, steps[-1])):
+                row_gaps.append(_gap(policy, segment.rows(slice(row, row + 1)), at))
             row_encoded |= watch.taken()
     for part in policy._denoisers.parts.values():
         checkpoint_blocks(part)

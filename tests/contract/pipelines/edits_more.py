@@ -272,7 +272,6 @@ MORE_EDITS = [
         "JoyImageEditPlusPipeline",
         {"text_encoder": lambda: qwen3_vl(True), "tokenizer": Processor, "processor": Processor},
         columns={"images": lambda row: [picture(row), picture(row + 5)]},
-        encodes_again=True,
         attributes={"image_processor": SmallBuckets()},
     ),
     Case(

@@ -3,7 +3,7 @@
 import diffusers
 import torch
 
-from tests.contract.pipelines.build import Case, picture, without_zeros
+from tests.contract.pipelines.build import UNMASKED, Case, picture, without_zeros
 from tests.contract.pipelines.components import WIDTH, Processor, decoder, flow, image_vae, qwen2_vl, tokenizer
 from tests.contract.pipelines.families import (
     CONTROLLED,
@@ -62,6 +62,10 @@ class Safe(torch.nn.Module):
 def kandinsky5(visual_cond: bool = False):
     settings = TINY["Kandinsky5Transformer3DModel"] | {"visual_cond": visual_cond}
     return without_zeros(diffusers.Kandinsky5Transformer3DModel(**settings))
+
+
+def momentum_guider():
+    return diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1)
 
 
 def dream():
@@ -291,7 +295,7 @@ IMAGES = [
     ),
     Case(
         "HunyuanImagePipeline",
-        components=NO_TEXT | {"text_encoder_2": None, "tokenizer_2": None, "guider": diffusers.ClassifierFreeGuidance},
+        components=NO_TEXT | {"text_encoder_2": None, "tokenizer_2": None, "guider": momentum_guider},
         columns=EMBEDDED
         | {
             "prompt_embeds_2": noise(3, WIDTH),
@@ -299,12 +303,13 @@ IMAGES = [
             "negative_prompt_embeds_2": noise(3, WIDTH),
             "negative_prompt_embeds_mask_2": lambda row: torch.ones(3, dtype=torch.int64),
         },
-        note="tried with the guider ClassifierFreeGuidance; one with momentum remembers earlier steps",
+        store_outputs=True,
     ),
     Case(
         "Kandinsky5T2IPipeline",
         half=False,
-        encodes_again=True,
+        rows=1,
+        note=UNMASKED,
         components=PROCESSED | {"vae": lambda: image_vae(16, **SHIFTED), "transformer": kandinsky5},
         attributes={"resolutions": [(32, 32)]},
     ),

@@ -26,11 +26,11 @@ HEAD = """# Diffusers pipelines
 Every pipeline class that diffusers {version} exports. *exact* classes were built tiny from their configs and tried by
 `tests/contract/test_pipelines.py`: full fine-tuning in float32, with guidance where the class has it (true guidance too
 where it is an option), two rows of different prompts, or one after the other where a call takes one row: sampled, each
-step replayed at the rollout's batch shape (no log-prob differs by more than 1e-5) and the last one for one row alone
-(the same; where that step's std is as small as 0.001, as in EDM schedules, float32's rounding of its mean moves the
-log-prob by up to 1e-4, and no more is allowed), with finite, non-zero gradients in the denoiser, equal ones with
-gradient checkpointing, and no encoder of texts or pictures run again (but where noted); then LoRA in bfloat16, its
-first and last noisy steps replayed without any difference.
+step replayed at the rollout's batch shape (no log-prob differs by more than 1e-5), the first one for the first row
+alone and the last one for the last row (the same; where that step's std is as small as 0.001, as in EDM schedules,
+float32's rounding of its mean moves the log-prob by up to 1e-4, and no more is allowed; two classes round more), with
+finite, non-zero gradients in the denoiser, equal ones with gradient checkpointing, and no encoder of texts or pictures
+run again; then LoRA in bfloat16, its first and last noisy steps replayed without any difference.
 *refused* classes raise `UnsupportedPipelineError` before anything is loaded. For a class that is not listed, such
 as one of your own, the check of the replay gap at a run's first rollout decides.
 
@@ -38,6 +38,11 @@ A scheduler is replaced by a stochastic one with the same schedule: the times of
 UniPC, DEIS, SA, also with Karras sigmas and flow sigmas) stay, but steps are of first order, so that pictures of an
 exam without noise are those of an Euler or DDIM sampler. Solvers that call the denoiser twice a step (Heun, KDPM2) and
 PNDM are taken as DDIM with their spacing.
+
+Guidance that remembers earlier steps (adaptive projected guidance with a momentum: ACE-Step, HunyuanImage) is replayed
+from what the denoiser gave at those steps, which `policy.sampling.store_outputs: true` keeps in the rollout; without it
+the first replay ends the run and says so. What is remembered counts as given, like the states: gradients go through the
+step's own prediction only.
 
 Rewards get pictures, a video's frames or, for sound, the waveform (an array) as a completion's `images`; a run keeps
 waveforms among its samples as `.npy` files.
@@ -99,10 +104,10 @@ def note_of(case: Case) -> str:
     notes = [case.note] if case.note else []
     if case.rows == 1:
         notes.append(ONE_ROW)
+    if case.store_outputs:
+        notes.append("policy.sampling.store_outputs: true where it guides, with a momentum")
     if case.kernel != "auto":
         notes.append(f"policy.sampling.kernel: {case.kernel}, the class reads its scheduler's sigmas")
-    if case.encodes_again:
-        notes.append("an encoder runs again for other rows than were sampled together (engine.rollout_batch)")
     if not case.half:
         notes.append(case.half_note)
     return "; ".join(notes)

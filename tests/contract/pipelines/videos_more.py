@@ -4,7 +4,7 @@ import diffusers
 import torch
 import transformers
 
-from tests.contract.pipelines.build import Case, picture
+from tests.contract.pipelines.build import UNMASKED, Case, picture
 from tests.contract.pipelines.components import (
     WIDTH,
     Processor,
@@ -125,14 +125,16 @@ MORE_VIDEOS = [
     Case(
         "Kandinsky5T2VPipeline",
         half=False,
-        encodes_again=True,
+        rows=1,
+        note=UNMASKED,
         call=LATENT,
         components=PROCESSED | {"tokenizer": Processor, "vae": lambda: hunyuan_vae(16), "transformer": kandinsky5},
     ),
     Case(
         "Kandinsky5I2VPipeline",
         half=False,
-        encodes_again=True,
+        rows=1,
+        note=UNMASKED,
         call=LATENT,
         components=PROCESSED
         | {
