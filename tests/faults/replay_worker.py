@@ -1,12 +1,8 @@
 """One process of `test_broken_replay`: the sampler of the second one reports wrong log-probs."""
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
-
-from toys import Bandit, build_parts
-
+from tests.unit.toys import Bandit, build_parts
 from unified_rl.engine import distributed
 from unified_rl.errors import RecipeError
 from unified_rl.run_folder.resume import Position
@@ -24,7 +20,3 @@ def main(folder: Path) -> None:
     except RecipeError as error:
         (folder / f"told_{rank}").write_text(str(error))
     distributed.shutdown()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

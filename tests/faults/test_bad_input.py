@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests import forks
+
 SMALL = ["group_size=2", "prompts_per_step=1", "num_steps=1", "data.evaluation=null", "engine.threads=1"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
+    """In a fresh interpreter: what a wrong word costs."""
     return subprocess.run(
         [sys.executable, "-m", "unified_rl.cli", *arguments], capture_output=True, text=True, timeout=120
     )
@@ -59,7 +62,7 @@ def test_a_wrong_reward_is_named_and_loses_nothing(body: str, part: str, tmp_pat
     (tmp_path / "mine.py").write_text(f"def judge(prompts, completions, **columns):\n    {body}\n")
     (tmp_path / "kept.txt").write_text("kept")
     rewards = f"rewards=[{{name: {tmp_path / 'mine.py'}:judge}}]"
-    done = run("train", "quickstart", *SMALL, rewards, "--output", str(tmp_path / "run"))
+    done = forks.run(["train", "quickstart", *SMALL, rewards, "--output", str(tmp_path / "run")], log=tmp_path / "log")
     assert done.returncode == 1, "not the recipe is wrong, but the code that it names"
     told = done.stderr.splitlines()[-1]
     assert told.startswith("error: RewardFailedError: reward 'judge'") and part in told
@@ -75,7 +78,8 @@ def test_a_reward_may_exclude_samples(tmp_path: Path):
         "    return [None if index == 0 else float(index) for index in range(len(completions))]\n"
     )
     rewards = f"rewards=[{{name: {tmp_path / 'mine.py'}:judge}}]"
-    done = run("train", "quickstart", *SMALL, "group_size=4", rewards, "--output", str(tmp_path / "run"))
+    words = ["train", "quickstart", *SMALL, "group_size=4", rewards, "--output", str(tmp_path / "run")]
+    done = forks.run(words, log=tmp_path / "log")
     assert done.returncode == 0, done.stderr
     (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert '"num_excluded": 1.0' in line and '"reward": 2.0' in line

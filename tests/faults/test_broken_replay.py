@@ -1,14 +1,12 @@
 """A replay that does not give the rollout's log-probs stops the run instead of training on wrong ratios."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import replay_worker
 import torch
 
+from tests import forks
 from unified_rl.engine.local import LocalEngine
 from unified_rl.errors import RecipeError
 from unified_rl.policies.causal_lm import CausalLMPolicy
@@ -16,7 +14,6 @@ from unified_rl.recipe.file import load_recipe
 from unified_rl.train import train
 
 SMALL = ["num_steps=1", "group_size=2", "prompts_per_step=1", "data.evaluation=null", "engine.threads=1"]
-WORKER = Path(__file__).parent / "replay_worker.py"
 
 
 @pytest.mark.parametrize("error", [0.1, float("nan")])
@@ -39,17 +36,7 @@ def test_a_wrong_replay_stops_the_run(error: float, tmp_path: Path, monkeypatch:
 
 
 def test_a_wrong_replay_of_one_process_stops_all(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(tmp_path)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
+    ends = forks.run_together(2, replay_worker.main, tmp_path, log=tmp_path / "log")
+    assert [end.returncode for end in ends] == [0, 0], ends[0].stderr[-3000:]
     told = [(tmp_path / f"told_{rank}").read_text() for rank in range(2)]
     assert told[0] == told[1] and "differs from the rollout by 5.00e-01 nats" in told[0]

@@ -1,10 +1,11 @@
 """A process that is gone, stuck or has failed ends the run: soon, with its name, and without orphans."""
 
 import os
-import socket
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,53 +18,44 @@ from unified_rl.engine import build_engine, distributed
 from unified_rl.engine.watch import enter
 from unified_rl.recipe.schema import EngineBlock, Optimizer
 
-WORKER = """
-import os, signal, sys, time
-from unified_rl.engine import distributed
-from unified_rl.engine.watch import enter
 
-distributed.initialise(timeout_seconds=4)
-enter("rewards")
-if distributed.rank() == 1:
-    {deed}
-try:
-    distributed.sum_over_ranks([1.0])
-except Exception as error:
-    sys.exit("lost: " + distributed.lost(error))
-"""
+def hang() -> None:
+    time.sleep(300)
 
 
-def start_two(code: str) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+def be_killed() -> None:
+    time.sleep(1.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def miss(deed: Callable[[], None]) -> None:
+    """One of two processes does not come to a sum."""
+    distributed.initialise(timeout_seconds=4)
+    enter("rewards")
+    if distributed.rank() == 1:
+        deed()
+    try:
+        distributed.sum_over_ranks([1.0])
+    except Exception as error:
+        sys.exit("lost: " + distributed.lost(error))
 
 
 @pytest.mark.parametrize(
     ("deed", "said"),
     [
-        ("time.sleep(300)", "process 1 does not answer (in: rewards"),
-        ("time.sleep(1.5); os.kill(os.getpid(), signal.SIGKILL)", "process 1 is gone (was in: rewards)"),
+        (hang, "process 1 does not answer (in: rewards"),
+        (be_killed, "process 1 is gone (was in: rewards)"),
     ],
 )
-def test_the_missing_process_is_named_and_nobody_stays(deed: str, said: str):
-    processes = start_two(WORKER.format(deed=deed))
-    survivor, lost = [process.communicate(timeout=90)[1] for process in processes]
-    assert said in survivor
-    assert processes[0].returncode == 1
-    if "kill" not in deed:
-        assert processes[1].returncode == 1, "the one that hangs ends too"
-        assert 'File "<string>", line 9 in <module>' in lost, "and shows where it hung"
+def test_the_missing_process_is_named_and_nobody_stays(deed: Callable[[], None], said: str, tmp_path: Path):
+    survivor, lost = forks.run_together(2, miss, deed, log=tmp_path / "log", timeout=90)
+    assert said in survivor.stderr
+    assert survivor.returncode == 1
+    if deed is hang:
+        assert lost.returncode == 1, "the one that hangs ends too"
+        assert "in hang" in lost.stderr, "and shows where it hung"
+    else:
+        assert lost.returncode == -signal.SIGKILL
 
 
 def rest_under_zero_3() -> None:
