@@ -6,10 +6,21 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_oobleck import OobleckDiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from unified_rl.policies import row_split
 from unified_rl.policies.memo import Memo, OpaqueError, fingerprint
+
+row_split.CONTAINERS[DiagonalGaussianDistribution] = (
+    lambda value: [value.parameters],
+    lambda like, parts: DiagonalGaussianDistribution(parts[0], deterministic=like.deterministic),
+)
+row_split.CONTAINERS[OobleckDiagonalGaussianDistribution] = (
+    lambda value: [value.parameters],
+    lambda _, parts: OobleckDiagonalGaussianDistribution(parts[0]),
+)
 
 
 class PictureMemo(Memo):

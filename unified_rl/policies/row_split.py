@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers.models.autoencoders.autoencoder_oobleck import OobleckDiagonalGaussianDistribution
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 
@@ -16,6 +14,11 @@ class RowsDifferError(Exception):
 
 CLOSE = 0.05
 """Share of the mean magnitude by which batches of other sizes may round differently in half precision."""
+
+
+CONTAINERS: dict[type, tuple[Callable[[Any], list[Any]], Callable[[Any, list[Any]], Any]]] = {}
+"""Of other libraries, told by the modules that need those: what one holds, and how one like it is made of other parts.
+Language models do not wait for diffusers to be imported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,18 +184,18 @@ def emptied(result: Any, layout: Layout) -> Any:
 
 def _parts_of(value: Any) -> list[Any] | None:
     """What a container holds; None: it is none that can be built again."""
-    if isinstance(value, (DiagonalGaussianDistribution, OobleckDiagonalGaussianDistribution)):
-        return [value.parameters]
+    for kind, (parts, _) in CONTAINERS.items():
+        if isinstance(value, kind):
+            return parts(value)
     if isinstance(value, Mapping):  # outputs of diffusers and transformers too
         return list(value.values())
     return list(value) if type(value) in (list, tuple) else None
 
 
 def _rebuilt(like: Any, parts: list[Any]) -> Any:
-    if isinstance(like, DiagonalGaussianDistribution):
-        return DiagonalGaussianDistribution(parts[0], deterministic=like.deterministic)
-    if isinstance(like, OobleckDiagonalGaussianDistribution):
-        return OobleckDiagonalGaussianDistribution(parts[0])
+    for kind, (_, build_like) in CONTAINERS.items():
+        if isinstance(like, kind):
+            return build_like(like, parts)
     if type(like) is dict:
         return dict(zip(like, parts, strict=True))
     if isinstance(like, Mapping):
