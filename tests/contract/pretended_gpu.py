@@ -5,12 +5,11 @@ CUDA), draws on the device by a CPU generator, `numpy()`, and pinning. So a tens
 device is found without a GPU. Not found is what only real kernels do: memory, speed, streams, rounding.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 GPU = torch.device("cuda", 0)
@@ -153,8 +152,30 @@ def _leaving() -> Iterator[None]:
         _leaves.pop()
 
 
+def _leaves_of(value: Any) -> Iterator[Any]:
+    """What is in the arguments of an operation; torch's own trees know more containers, and take most of the time."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _leaves_of(part)
+    elif isinstance(value, dict):
+        yield from _leaves_of(list(value.values()))
+    else:
+        yield value
+
+
+def _mapped(kind: type, change: Callable[[Any], Any], value: Any) -> Any:
+    """The arguments, or the results, of an operation with a change of all that is of a kind."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_mapped(kind, change, part) for part in value])
+    if isinstance(value, dict):
+        return {key: _mapped(kind, change, part) for key, part in value.items()}
+    return value
+
+
 def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
-    leaves = pytree.tree_leaves((args, kwargs))
+    leaves = list(_leaves_of((args, kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     held = [tensor for tensor in tensors if isinstance(tensor, OnGpu)]
     if func is aten._fused_sdp_choice.default:
@@ -168,14 +189,12 @@ def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
         onto = isinstance(args[0], OnGpu)
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    inner_args, inner_kwargs = pytree.tree_map_only(OnGpu, lambda tensor: tensor.inner, (args, kwargs))
+    inner_args, inner_kwargs = _mapped(OnGpu, lambda tensor: tensor.inner, (args, kwargs))
     out = func(*inner_args, **inner_kwargs)
     if not onto:
         return out
     known = {id(tensor.inner): tensor for tensor in held}  # what is changed in place is given back itself
-    wrapped = pytree.tree_map_only(
-        torch.Tensor, lambda tensor: known[id(tensor)] if id(tensor) in known else OnGpu(tensor), out
-    )
+    wrapped = _mapped(torch.Tensor, lambda tensor: known[id(tensor)] if id(tensor) in known else OnGpu(tensor), out)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if held else wrapped
 
 

@@ -3,6 +3,8 @@
 No machine without a GPU can run one, so the GPU is pretended (pretended_gpu.py): whole runs, checkpoint included.
 """
 
+import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -64,12 +66,14 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
 def test_a_run_on_a_gpu_draws_and_learns_as_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ["train", name, *SMALL, *CASES[name]]
     assert main([*words, "--output", str(tmp_path / "cpu")]) == 0
+    judge = digit_likeness._network
+    # A copy goes to the pretended GPU, where every operation is slow: fitting it there would take most of the time.
+    monkeypatch.setattr(digit_likeness, "_network", functools.cache(lambda: copy.deepcopy(judge())))
     monkeypatch.setattr(distributed, "device", lambda: GPU)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.zeros(8, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
     with pretended_gpu():
         assert main([*words, "--output", str(tmp_path / "gpu")]) == 0
-    digit_likeness._network.cache_clear()  # it is on the pretended GPU
     first, second = (read_jsonl(tmp_path / device / "metrics.jsonl")[0] for device in ("cpu", "gpu"))
     for key in ("reward", "loss", "grad_norm")[: 2 if name in ADAPTED else 3]:
         assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5)

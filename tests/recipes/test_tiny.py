@@ -14,7 +14,7 @@ from unified_rl.errors import RecipeError
 from unified_rl.recipe.file import RECIPES, load_recipe
 from unified_rl.recipe.policy import DiffusionSampling
 from unified_rl.tiny import language, models
-from unified_rl.tiny.twin import HUB, brightness, letters, shrink, tiny_recipe
+from unified_rl.tiny.twin import HUB, NUM_STEPS, brightness, letters, shrink, tiny_recipe
 from unified_rl.worlds.edits import train_instructions
 
 NEED_TORCHVISION = "Qwen/Qwen-Image-Edit"
@@ -77,6 +77,7 @@ def test_what_is_shrunk_is_said_and_overrides_win():
     recipe, notes = tiny_recipe("flux_mix_grpo_hps", ["num_steps=3", "policy.adapter.rank=2"])
     assert recipe.num_steps == 3 and recipe.policy.adapter.rank == 2 and recipe.group_size == 4
     assert recipe.policy.sampling.noise_place == "window" and recipe.policy.sampling.noise_steps == 2
+    assert recipe.evaluation.sampling == {"num_inference_steps": NUM_STEPS, "noise_level": 0.0}, "not 28 steps"
     assert recipe.policy.sampling.call["guidance_scale"] == 3.5 and recipe.policy.sampling.call["height"] == 32
     assert [reward.name for reward in recipe.rewards] == ["unified_rl.tiny.twin:brightness"]
     assert any("hps stood in for by brightness" in note for note in notes)

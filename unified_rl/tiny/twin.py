@@ -125,6 +125,9 @@ def shrink(raw: dict, folder: Path) -> tuple[dict, list[str]]:
     batch = min(engine.get("micro_batch", BATCH), BATCH)
     raw["engine"] = {**engine, "zero_stage": 0, "micro_batch": batch, "rollout_batch": batch}
     raw["evaluation"] = {**raw.get("evaluation", {}), "every": 2, "num_prompts": 4, "num_saved": 4}
+    drawn = raw["evaluation"].get("sampling", {})
+    if notes and "num_inference_steps" in drawn:
+        drawn["num_inference_steps"] = min(drawn["num_inference_steps"], NUM_STEPS)
     raw["checkpoint"] = {**raw.get("checkpoint", {}), "every": 2}
     for block, key, most in (("optimizer", "warmup_steps", 1), ("objective", "train_steps", 2)):
         if isinstance(raw.get(block), dict) and isinstance(raw[block].get(key), int):
