@@ -28,7 +28,7 @@ quickstart: env
 	@$(BIN)/unified-rl report $(RUN)
 
 test: env
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: env
 	$(BIN)/ruff check .

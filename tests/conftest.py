@@ -1,5 +1,6 @@
 """What all tests share: one thread (tests must not fight over cores), no network, and the shipped checkpoints."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,12 @@ import torch
 torch.set_num_threads(1)
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart"
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections need not look at all that was imported, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,12 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tests import forks
 from tests.children import Child
 from unified_rl.cli import main
 from unified_rl.recipe.checks import check_recipe
@@ -37,8 +36,21 @@ LIKE_OTHERS = [
     "quickstart_vla",
 ]
 """Their checkpoints are written and read like those of a recipe that is resumed here."""
-OWN = {"quickstart_vla": ["group_size=16", "prompts_per_step=4"]}
-"""Of few episodes all may end alike, and then there is nothing to learn from."""
+DENOISE = ["policy.sampling.num_inference_steps=4"]
+SOME_NOISE = [*DENOISE, "policy.sampling.noise_steps=2"]
+OWN = {
+    "quickstart": SOME_NOISE,
+    "quickstart_classes": SOME_NOISE,
+    "quickstart_ddpo": [*SOME_NOISE, "objective.train_steps=2"],
+    "quickstart_draft": DENOISE,
+    "quickstart_edit": SOME_NOISE,
+    "quickstart_masked_diffusion": DENOISE,
+    "quickstart_nft": DENOISE,
+    "quickstart_ocr": SOME_NOISE,
+    # Of few episodes all may end alike, and then there is nothing to learn from.
+    "quickstart_vla": ["group_size=16", "prompts_per_step=4"],
+}
+"""Fewer denoising steps, and what a recipe needs."""
 KEYS = {
     "step", "samples_seen", "loss", "reward", "reward_std", "frac_reward_zero_std", "replay_gap", "grad_norm", "lr",
     "time/rollout", "time/reward", "time/update", "time/total", "samples_per_second", "memory/peak_mib",
@@ -52,12 +64,11 @@ OF_METHODS = {
 
 
 def command(name: str, folder: Path, *overrides: str) -> list[str]:
-    words = ["train", name, *SMALL, *OWN.get(name, []), *overrides, "--output", str(folder)]
-    return [sys.executable, "-m", "unified_rl.cli", *words]
+    return ["train", name, *SMALL, *OWN.get(name, []), *overrides, "--output", str(folder)]
 
 
-def train(name: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(name, folder, *overrides), capture_output=True, text=True, timeout=300)
+def train(name: str, folder: Path, *overrides: str) -> forks.Ended:
+    return forks.run(command(name, folder, *overrides), log=folder.parent / f"log_{folder.name}")
 
 
 def rows(folder: Path, file: str) -> list[dict]:
@@ -73,8 +84,8 @@ def test_a_recipe_passes_its_checks(name: str):
 def test_a_recipe_trains_and_fills_its_folder(name: str, tmp_path: Path):
     if "ocr" in name and shutil.which("tesseract") is None:
         pytest.skip("the program tesseract is not installed")
-    if name in LIKE_OTHERS:  # without the seconds that a process needs to import everything
-        assert main(command(name, tmp_path, "num_steps=2")[3:]) == 0
+    if name in LIKE_OTHERS:
+        assert main(command(name, tmp_path, "num_steps=2")) == 0
     else:
         done = train(name, tmp_path, "num_steps=2")
         assert done.returncode == 0, done.stderr[-2000:]
@@ -117,7 +128,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(name: str, tmp_path: Path
 
 
 def test_sigterm_saves_and_exits_143(tmp_path: Path):
-    words = command("quickstart_vlm", tmp_path / "run", "num_steps=2000", "checkpoint.every=1000")[3:]
+    words = command("quickstart_vlm", tmp_path / "run", "num_steps=2000", "checkpoint.every=1000")
     child = Child(words, tmp_path / "log")
     child.wait_until((tmp_path / "run/metrics.jsonl").exists)
     assert child.end(signal.SIGTERM) == 143, child.output()
