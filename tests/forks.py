@@ -51,6 +51,19 @@ class Fork:
         assert self._process.pid is not None
         return self._process.pid
 
+    @property
+    def returncode(self) -> int | None:
+        """None: it still runs."""
+        return self._process.exitcode
+
+    def output(self) -> str:
+        """What it has said so far, first what it printed."""
+        return "".join(self._read(kind) for kind in ("out", "err"))
+
+    def _read(self, kind: str) -> str:
+        file = Path(f"{self._log}.{kind}")
+        return file.read_text(errors="replace") if file.exists() else ""
+
     def wait(self, timeout: float = 300.0) -> Ended:
         """Its end; a process that takes longer is killed."""
         self._process.join(timeout)
@@ -58,7 +71,7 @@ class Fork:
         if code is None:
             os.kill(self.pid, signal.SIGKILL)
             self._process.join()
-        out, err = (Path(f"{self._log}.{kind}").read_text(errors="replace") for kind in ("out", "err"))
+        out, err = self._read("out"), self._read("err")
         assert code is not None, f"not ended after {timeout} s: {err[-3000:]}"
         return Ended(returncode=code, stdout=out, stderr=err)
 
