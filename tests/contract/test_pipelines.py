@@ -62,6 +62,14 @@ def test_guidance_with_momentum_is_replayed_from_what_the_denoiser_gave(name: st
             assert (gap <= TOLERANCE) if enough else (gap > 10 * TOLERANCE)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_negative_prompt_that_is_a_row_of_its_own_is_refused(rows: int):
+    case = case_of("KandinskyV22PriorPipeline")
+    policy = policy_of(dataclasses.replace(case, call=case.call | {"negative_prompt": "a blue star"}))
+    with pytest.raises(UnsupportedPipelineError, match="leave negative_prompt out"):
+        policy.sample(prompts_of(case)[:rows])
+
+
 def test_several_rows_in_a_call_are_refused_where_they_would_share_their_pictures():
     case = case_of("BriaFiboEditPipeline")
     with pytest.raises(UnsupportedPipelineError, match="BriaFiboEditPipeline takes one row a call"):

@@ -1,6 +1,5 @@
 """`--tiny`: every recipe for a real model trains its twin; what is shrunk and what is not."""
 
-import importlib.util
 import json
 import tomllib
 from pathlib import Path
@@ -17,8 +16,6 @@ from unified_rl.tiny import language, models
 from unified_rl.tiny.twin import HUB, NUM_STEPS, brightness, letters, shrink, tiny_recipe
 from unified_rl.worlds.edits import train_instructions
 
-NEED_TORCHVISION = "Qwen/Qwen-Image-Edit"
-"""A model whose processor does."""
 NAMES = sorted(path.stem for path in (RECIPES / "models").glob("*.yaml"))
 
 
@@ -33,8 +30,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_for_a_real_model_trains_its_twin(name: str, tmp_path: Path):
     full = load_recipe(name)
-    if full.policy.model.startswith(NEED_TORCHVISION) and importlib.util.find_spec("torchvision") is None:
-        pytest.skip("the model's processor needs torchvision")
     assert cli.main(["train", name, "--tiny", "--output", str(tmp_path)]) == 0
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [1, 2]

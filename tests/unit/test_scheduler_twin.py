@@ -58,6 +58,15 @@ def test_a_solver_s_times_are_kept(cls, spacing: str, keys: dict):
     assert twin.final_alpha_cumprod == 1.0, "and their last sigma is zero"
 
 
+def test_times_that_round_to_one_are_refused_with_the_most_steps_that_are_apart():
+    scheduler = DPMSolverMultistepScheduler.from_config({**BETAS, "use_karras_sigmas": True})
+    twin = stochastic_scheduler(scheduler, "ddim", SchedulerHead())
+    with pytest.raises(UnsupportedPipelineError, match=r"num_inference_steps: with 50, .* use at most 44"):
+        twin.set_timesteps(50)
+    twin.set_timesteps(44)
+    assert len(set(twin.timesteps.tolist())) == 44
+
+
 @pytest.mark.parametrize("cls", [HeunDiscreteScheduler, PNDMScheduler])
 def test_a_solver_of_two_calls_a_step_is_spaced_as_its_config_says(cls):
     twin = stochastic_scheduler(cls.from_config({**BETAS, "timestep_spacing": "trailing"}), "ddim", SchedulerHead())

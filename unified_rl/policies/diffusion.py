@@ -39,6 +39,7 @@ from unified_rl.policies.scheduler_head import (
     stochastic_scheduler,
     stored_states,
 )
+from unified_rl.policies.without_videos import processors_of
 from unified_rl.protocols import Probe
 from unified_rl.recipe.policy import SHARES, DiffusionSampling, PolicyBlock
 from unified_rl.types import Completion, Denoised, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
@@ -139,8 +140,9 @@ class DiffusionPolicy:
         index = DiffusionPipeline.load_config(block.model, revision=block.revision)
         cls._refuse(str(index["_class_name"]))
         absent = {name: None for name, value in index.items() if value == [None, None] or name in without}
+        given = absent | processors_of(block.model, block.revision, index)
         pipeline = DiffusionPipeline.from_pretrained(
-            block.model, revision=block.revision, dtype=getattr(torch, block.dtype), **absent
+            block.model, revision=block.revision, dtype=getattr(torch, block.dtype), **given
         ).to(device)
         defaults = Path(block.model) / CALL_DEFAULTS
         return cls(

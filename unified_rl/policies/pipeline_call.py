@@ -76,8 +76,21 @@ def call_arguments(
 def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
     """One for each row of a call; for a lone row itself, which draws the same and which pipelines that fold a video's
     frames into the rows, or draw without diffusers' help, do not take in a list."""
-    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    made = _Generators(torch.Generator().manual_seed(seed) for seed in seeds)
     return made[0] if len(made) == 1 else made
+
+
+class _Generators(list[torch.Generator]):
+    """Those of a call's rows, for which pipelines ask by number."""
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return super().__getitem__(key)
+        except IndexError:
+            raise UnsupportedPipelineError(
+                f"the pipeline draws for more rows than it has prompts, {len(self)}: does it take negative prompts as"
+                " rows of their own (as Kandinsky's priors do)? leave negative_prompt out"
+            ) from None
 
 
 def _names(prompts: Sequence[Prompt]) -> dict[str, None]:

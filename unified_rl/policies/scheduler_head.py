@@ -207,6 +207,7 @@ def without_copies(mean: Tensor, num_rows: int) -> tuple[Tensor, int]:
     if copies > 1 and not torch.allclose(mean, first.repeat(copies, *[1] * (mean.ndim - 1)), atol=1e-5):
         raise UnsupportedPipelineError(
             f"the scheduler is stepped with {copies} different states of each sample, which have no joint density here"
+            " (negative prompts that are rows of their own? leave negative_prompt out)"
         )
     return first, copies
 
@@ -354,7 +355,7 @@ def _ddim_twin(scheduler: Any, step: Step, head: SchedulerHead) -> Any:
 
 def _spaced_as(scheduler: Any) -> type:
     """A DDIM scheduler class over another one's timesteps, to whole numbers: multistep solvers space theirs in another
-    way, and sigmas may be Karras's. Where two of them round to the same one, DDIM spaces them as the config says."""
+    way, and sigmas may be Karras's. Its `set_timesteps` raises UnsupportedPipelineError where two of them are one."""
     if not isinstance(scheduler, SPACED):
         return DDIMScheduler
     own: Any = copy.deepcopy(scheduler)
@@ -365,8 +366,19 @@ def _spaced_as(scheduler: Any) -> type:
         def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
             base(self, num_inference_steps, device=device)
             own.set_timesteps(num_inference_steps, device=device)
-            times = own.timesteps.round().long()
-            if bool((times.diff() < 0).all()):
-                self.timesteps = times
+            self.timesteps = own.timesteps.round().long()
+            if _fall(own):
+                return
+            while not _fall(own):
+                num_inference_steps -= 1
+                own.set_timesteps(num_inference_steps, device=device)
+            raise UnsupportedPipelineError(
+                f"num_inference_steps: with {len(self.timesteps)}, times of {type(scheduler).__name__} round to one"
+                f" (Karras's and other spaced sigmas crowd at the end); use at most {num_inference_steps}"
+            )
 
     return Spaced
+
+
+def _fall(scheduler: Any) -> bool:
+    return bool((scheduler.timesteps.round().diff() < 0).all())

@@ -17,6 +17,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
+from unified_rl.policies.without_videos import without_videos
 from unified_rl.tiny import language
 
 WIDTH = 32
@@ -190,7 +191,7 @@ def _flux() -> dict[str, Any]:
     }
 
 
-def _qwen_image() -> dict[str, Any]:
+def _qwen_image(**vae_settings: Any) -> dict[str, Any]:
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=64,
@@ -202,11 +203,9 @@ def _qwen_image() -> dict[str, Any]:
         axes_dims_rope=(4, 6, 6),
     )
     vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=6,
+        **{"base_dim": 6, "dim_mult": [1, 2, 4], "temperal_downsample": [False, True], **vae_settings},
         z_dim=16,
-        dim_mult=[1, 2, 4],
         num_res_blocks=1,
-        temperal_downsample=[False, True],
         latents_mean=[0.0] * 16,
         latents_std=[1.0] * 16,
     )
@@ -221,11 +220,15 @@ def _qwen_image() -> dict[str, Any]:
 
 def _qwen_image_edit() -> dict[str, Any]:
     tokenizer = _tokenizer()
+    tokenizer.add_tokens([*SPECIAL[4:]], special_tokens=True)  # one token each, as the processor counts them
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    processor = transformers.Qwen2VLProcessor(
+    settings = {"max_pixels": 28 * 28, "video_processor_type": "Qwen2VLVideoProcessor"}
+    processor = without_videos(transformers.Qwen2VLProcessor, settings)(
         image_processor=transformers.Qwen2VLImageProcessor(max_pixels=28 * 28), tokenizer=tokenizer
     )
-    return {**_qwen_image(), "tokenizer": tokenizer, "processor": processor}
+    # The class brings pictures to a million pixels, whatever the call says: few channels, and sides halved four times.
+    parts = _qwen_image(base_dim=2, dim_mult=[1] * 5, temperal_downsample=[False, False, True, True])
+    return {**parts, "tokenizer": tokenizer, "processor": processor}
 
 
 def _wan_vae() -> Any:

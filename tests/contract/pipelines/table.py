@@ -36,8 +36,9 @@ as one of your own, the check of the replay gap at a run's first rollout decides
 
 A scheduler is replaced by a stochastic one with the same schedule: the times of the multistep solvers (DPM-Solver,
 UniPC, DEIS, SA, also with Karras sigmas and flow sigmas) stay, but steps are of first order, so that pictures of an
-exam without noise are those of an Euler or DDIM sampler. Solvers that call the denoiser twice a step (Heun, KDPM2) and
-PNDM are taken as DDIM with their spacing.
+exam without noise are those of an Euler or DDIM sampler. Where two times of a schedule round to the
+same number (Karras sigmas with SD's betas: from 45 steps on), it is refused with the most steps that are apart. Solvers
+that call the denoiser twice a step (Heun, KDPM2) and PNDM are taken as DDIM with their spacing.
 
 Guidance that remembers earlier steps (adaptive projected guidance with a momentum: ACE-Step, HunyuanImage) is replayed
 from what the denoiser gave at those steps, which `policy.sampling.store_outputs: true` keeps in the rollout; without it
