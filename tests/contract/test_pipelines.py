@@ -13,13 +13,14 @@ from tests.contract.pipelines.build import Case, Kernel, build, call_settings, p
 from tests.contract.pipelines.cases import CASES
 from tests.contract.pipelines.check import NUM_STEPS, measure, measure_both, policy_of, prompts_of
 from tests.contract.pipelines.components import betas
+from tests.contract.pipelines.images import PROCESSED
 from tests.contract.pipelines.table import DOCS, document, exported, task_of
 from unified_rl.policies.diffusion import DiffusionPolicy
 from unified_rl.policies.pipeline_call import call_arguments
 from unified_rl.policies.pipeline_table import PipelineRow, pipeline_table
 from unified_rl.policies.probing import UNGUIDED
 from unified_rl.policies.scheduler_head import UnsupportedPipelineError
-from unified_rl.recipe.policy import DiffusionSampling, PolicyBlock
+from unified_rl.recipe.policy import DiffusionSampling, PolicyBlock, Savings
 from unified_rl.types import Prompt
 
 EXACT = [case for case in CASES if case.refused is None]
@@ -158,6 +159,30 @@ def test_a_class_that_is_refused_is_so_before_it_loads(row: PipelineRow, tmp_pat
     block = PolicyBlock(model=str(tmp_path), family="diffusion", sampling=DiffusionSampling())
     with pytest.raises(UnsupportedPipelineError, match=re.escape(f"{row.name}: {row.note}")):
         DiffusionPolicy.load(block, evaluation=DiffusionSampling(), with_reference=False, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline"])
+def test_dropped_text_encoders_leave_every_batch_of_their_texts(name: str):
+    """FLUX encodes negative prompts in a second call; Qwen-Image pads to the longest text, with a mask where it pads."""
+    case = case_of(name)
+    if name == "QwenImagePipeline":  # with its own text encoder
+        case = dataclasses.replace(case, components=case.components | PROCESSED, columns={})
+    sampling = DiffusionSampling(num_inference_steps=NUM_STEPS, call=call_settings(case))
+    assert sampling.call["true_cfg_scale"] > 1 and "negative_prompt" in sampling.call
+    texts = ("a red circle", "two blue square on the left", "two blue circle on the left", "a star")
+    prompts = [dataclasses.replace(prompts_of(case)[0], text=text, seed=seed) for seed, text in enumerate(texts)]
+    drawn = []
+    for mode in ("keep", "drop"):
+        block = PolicyBlock(model=name, family="diffusion", sampling=sampling, memory=Savings(text_encoders=mode))
+        policy = DiffusionPolicy(build(case), block)
+        policy.encode_ahead(prompts)
+        drawn.append([])
+        for rows in ((0, 1), (1, 2), (0, 3), (0, 1, 2, 3), (3,)):
+            segment = policy.sample([prompts[row] for row in rows]).segments["image"]
+            drawn[-1].append(segment.rollout_log_probs)
+            with torch.no_grad():
+                assert torch.equal(policy.log_prob("image", segment, slice(0, 1)).log_probs, drawn[-1][-1][:, :1])
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=TOLERANCE)
 
 
 def test_attention_that_a_replay_left_behind_is_gone_in_the_next_call():

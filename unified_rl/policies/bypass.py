@@ -9,7 +9,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from unified_rl.policies import row_split
-from unified_rl.policies.scheduler_head import AskedPass, SamplePass, UnsupportedPipelineError
+from unified_rl.policies.scheduler_head import AskedPass, LoopLeft, SamplePass, UnsupportedPipelineError
 
 MAX_UNSERVED = 8
 """Scheduler steps that may follow the last denoiser call."""
@@ -81,6 +81,11 @@ def bypassing(
 def calling(forward: Callable, *args: Any, **kwargs: Any) -> Any:
     """A denoiser wrapper that makes every call."""
     return forward(*args, **kwargs)
+
+
+def leaving(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A denoiser wrapper that leaves the loop."""
+    raise LoopLeft
 
 
 def _served(templates: list[list[Any]], step: int) -> set[int]:

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from unified_rl.policies import differentiable, recorded_pictures, savings
-from unified_rl.policies.bypass import bypassing, calling, outputs_by_row, recording
+from unified_rl.policies.bypass import bypassing, calling, leaving, outputs_by_row, recording
 from unified_rl.policies.decoding import watched_decoder
 from unified_rl.policies.denoisers import Denoisers
 from unified_rl.policies.denoising import PredictPass, first_latents
@@ -271,22 +271,21 @@ class DiffusionPolicy:
         yield
 
     def trunk(self) -> nn.Module:
-        """
-        Raises:
-            TypeError: always; latents are what they are.
-        """
+        """A TypeError, always: latents are what they are."""
         raise TypeError("latents are computed by no trunk")
 
     def encode_ahead(self, prompts: Iterable[Prompt]) -> None:
         """Encode prompts that will come and, if the recipe says so, free the text encoders' memory then."""
         if self._block.memory.text_encoders != "drop":
             return
-        with torch.no_grad(), self._encoders.alone():
-            for prompt in prompts:
-                for settings in self._settings.values():
-                    self._encoders.begin([prompt], settings.call, [prompt.seed])
-                    with suppress(LoopLeft):
-                        self._call([prompt], settings)
+
+        def call(rows: Sequence[Prompt], settings: DiffusionSampling) -> None:
+            with torch.no_grad(), self._pass(StartPass(), leaving, rows, settings, []), suppress(LoopLeft):
+                self._call(rows, settings)
+
+        each = [*prompts]
+        for settings in self._settings.values():
+            self._encoders.ahead(each, functools.partial(call, settings=settings), one_row=self._one_row)
         self._encoders.drop()
 
     @property

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from unified_rl.errors import RecipeError
+from unified_rl.policies.memo import num_bytes
 from unified_rl.policies.picture_memo import PictureMemo
-from unified_rl.policies.scheduler_head import LoopLeft
 from unified_rl.types import Prompt
 
 UNLIMITED = 1 << 62
@@ -39,7 +40,9 @@ class Encoders:
         """What each row of the current call is made of."""
         self._memo = PictureMemo(UNLIMITED) if mode == "drop" else PictureMemo()
         self._text = TextEncoders(pipeline, mode)
-        self._alone = self._in_prompt = False
+        self._ahead = self._in_prompt = False
+        self._encoded = 0
+        """Bytes of the prompts that were encoded last."""
         for name in _prompt_encoders(pipeline):
             setattr(pipeline, name, self._remembered(name, getattr(pipeline, name)))
         for name in _encoding_batches(pipeline):
@@ -61,14 +64,26 @@ class Encoders:
         self.seeds = [*seeds]
         self._rows = [(prompt.text, prompt.images, prompt.columns, call) for prompt in prompts]
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside it, a pipeline's call is left once its prompts are encoded."""
-        self._alone = True
-        try:
-            yield
-        finally:
-            self._alone = False
+    def ahead(self, prompts: Sequence[Prompt], call: Callable[[Sequence[Prompt]], None], *, one_row: bool) -> None:
+        """Encode prompts that will come, one by one; and where a class pads texts to the longest of a call, as long as
+        the longest of all, so that each fits beside any other.
+
+        Args:
+            call: runs the pipeline for some prompts up to its denoiser.
+            one_row: the class takes one row a call.
+        """
+        sizes: list[int] = []
+        self._ahead = True
+        for prompt in prompts:
+            self._encoded = 0
+            call([prompt])
+            sizes.append(self._encoded)
+        if not one_row and len(set(sizes)) > 1:
+            shortest, longest = (prompts[sizes.index(extreme(sizes))].text for extreme in (min, max))
+            with self._memo.nothing_new():
+                for prompt, size in zip(prompts, sizes, strict=True):
+                    call([prompt, replace(prompt, text=longest if size < max(sizes) else shortest)])
+        self._ahead = False
 
     @contextmanager
     def afresh(self) -> Iterator[None]:
@@ -99,8 +114,7 @@ class Encoders:
             if encoded is None:
                 with self._prompt(by_row=num_rows > 0):
                     encoded = self._memo.by_row(name, encode, args, kwargs, num_rows)
-            if self._alone:
-                raise LoopLeft
+            self._encoded += num_bytes(encoded)
             return encoded
 
         return remembered
@@ -143,7 +157,9 @@ class Encoders:
 
     def _pictures(self, name: str, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         """A frozen encoder's result by content; a VAE's draw without a generator comes from the rows' own seeds."""
-        result = self._memo.batch(name, encode, args, kwargs, min_dims=4 if name == "image_encoder" else 3)
+        min_dims = 4 if name == "image_encoder" else 3
+        # Ahead of a run, room is for texts.
+        result = self._memo.batch(name, encode, args, kwargs, min_dims=min_dims, keep=not self._ahead)
         distribution = getattr(result, "latent_dist", None)
         if isinstance(distribution, DiagonalGaussianDistribution) and len(distribution.mean) % len(self.seeds) == 0:
             draw: Callable = functools.partial(type(distribution).sample, distribution)
@@ -240,6 +256,6 @@ class TextEncoders:
 
 def _gone(*_: Any) -> None:
     raise RecipeError(
-        "policy.memory.text_encoders: drop encodes all prompts of data before the run, one by one, and this batch of"
-        " texts is none of them, nor padded as they were alone; use offload"
+        "policy.memory.text_encoders: drop encodes all prompts of data before the run, and this batch of texts is"
+        " none of them, nor padded as they were; use offload"
     )

@@ -9,8 +9,8 @@ every time.
 import functools
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -48,13 +48,14 @@ def fingerprint(value: Any) -> Hashable:
     raise OpaqueError
 
 
-def _num_bytes(value: Any) -> int:
+def num_bytes(value: Any) -> int:
+    """Of all tensors in it."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, (list, tuple)):
-        return sum(_num_bytes(item) for item in value)
+        return sum(num_bytes(item) for item in value)
     if isinstance(value, Mapping):
-        return sum(_num_bytes(item) for item in value.values())
+        return sum(num_bytes(item) for item in value.values())
     return 0
 
 
@@ -75,15 +76,23 @@ class Memo:
         """False while a function runs whose results do not split."""
 
     def _put(self, key: Hashable, value: Any) -> None:
-        self._held_bytes += _num_bytes(value) - _num_bytes(self._store.get(key))
+        self._held_bytes += num_bytes(value) - num_bytes(self._store.get(key))
         self._store[key] = value
         while self._held_bytes > self._max_bytes and len(self._store) > 1:
             _, dropped = self._store.popitem(last=False)
-            self._held_bytes -= _num_bytes(dropped)
+            self._held_bytes -= num_bytes(dropped)
 
     def _get(self, key: Hashable) -> Any:
         self._store.move_to_end(key)
         return self._store[key]
+
+    @contextmanager
+    def nothing_new(self) -> Iterator[None]:
+        """What it learns inside is forgotten at the end, but for other results of what it knew."""
+        known = set(self._store)
+        yield
+        for key in [key for key in self._store if key not in known]:
+            self._held_bytes -= num_bytes(self._store.pop(key))
 
     def knows(self, keys: Sequence[Hashable]) -> bool:
         """Whether all of them are kept."""
