@@ -41,7 +41,9 @@ def diffusion_policy(
         family="diffusion",
         dtype=dtype,
         adapter=Adapter(kind="lora" if lora else "none", rank=4),
-        sampling=DiffusionSampling(num_inference_steps=NUM_STEPS, noise_level=0.8, call=call, **(sampling or {})),
+        sampling=DiffusionSampling.model_validate(
+            {"num_inference_steps": NUM_STEPS, "noise_level": 0.8, "call": call, **(sampling or {})}
+        ),
     )
     settings = exam_sampling(block.sampling.model_dump(), {"noise_level": 0.0, **(exam or {})})
     still = DiffusionSampling.model_validate(settings)
