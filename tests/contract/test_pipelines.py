@@ -163,7 +163,7 @@ def test_a_class_that_is_refused_is_so_before_it_loads(row: PipelineRow, tmp_pat
 
 @pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline"])
 def test_dropped_text_encoders_leave_every_batch_of_their_texts(name: str):
-    """FLUX encodes negative prompts in a second call; Qwen-Image pads to the longest text, with a mask where it pads."""
+    """FLUX encodes negative prompts in a second call; Qwen-Image pads to the longest text, and masks that."""
     case = case_of(name)
     if name == "QwenImagePipeline":  # with its own text encoder
         case = dataclasses.replace(case, components=case.components | PROCESSED, columns={})
