@@ -96,10 +96,10 @@ class Lesson:
 
 
 LESSONS = {
-    "causal_lm": Lesson(reward=early_letters, rise=0.6, lr=5e-4, num_updates=8, group_size=8),
+    "causal_lm": Lesson(reward=early_letters, rise=0.6, lr=5e-4, num_updates=6, group_size=8, exam_size=32),
     "image_tokens": Lesson(reward=brightness, rise=0.3),
     "thinking": Lesson(reward=brightness, rise=0.3),
-    "masked_diffusion": Lesson(reward=redness, rise=1.5, lr=5e-3, group_size=8),
+    "masked_diffusion": Lesson(reward=redness, rise=1.5, lr=5e-3, num_updates=6, group_size=8, exam_size=32),
     "masked_text": Lesson(reward=early_letters, rise=2.0),
     "diffusion": Lesson(reward=redness, rise=1.5, lr=5e-4, num_updates=4, exam_size=16),
 }
@@ -168,7 +168,7 @@ def recipe_of(family: str, preset: str, folder: Path) -> Any:
         "group_size": LESSONS[family].group_size,
         "prompts_per_step": 2,
         "optimizer": {"lr": LESSONS[family].lr, "decay": "none"},
-        "engine": {"micro_batch": 8},
+        "engine": {"micro_batch": 16},
     }
     return parse_recipe(raw, folder)
 
