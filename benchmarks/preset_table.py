@@ -126,8 +126,8 @@ SETTINGS = {
         note="One update a rollout. `awm` has a divergence of 0.001, a fifteenth of its preset's. `rwr` and `best_of_n`"
         " have `subtract_mean: true`: why they do not rise from a model's own pictures without it is in"
         " [objectives.md](objectives.md). `best_of_n` has nothing that holds it at this learning rate: its second seed"
-        " fell from 0.93 to 0.81. `diffusion_dpo` learns from two of eight samples. Rows with more than 100 CPU seconds were"
-        " measured on a machine that did other work, which doubles them.",
+        " fell from 0.93 to 0.81. `diffusion_dpo` learns from two of eight samples. Rows with more than 100 CPU seconds"
+        " were measured on a machine that did other work, which doubles them.",
     ),
     "gradient": Setting(
         title="Gradients of a reward: the same model, judged by the same score",
