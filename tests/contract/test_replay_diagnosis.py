@@ -12,6 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 
+from test_image_tokens import policy_of as image_tokens_policy_of
+from test_masked_diffusion import policy_of as masked_policy_of
 from test_pipelines import case_of
 from toys import build_parts
 
@@ -85,6 +87,15 @@ def test_the_cause_of_a_gap_is_measured_before_a_weight_changes(fault: str, tmp_
     for name, weight in policy.module.named_parameters():
         assert torch.equal(weight, before[name]) and weight.dtype == before[name].dtype
     assert "measured: {" in (tmp_path / "run" / "events.jsonl").read_text()
+
+
+def test_only_policies_that_can_store_outputs_are_told_to():
+    key = "policy.sampling.store_outputs: true"
+    told = [probe.remedy for probe in policy_of(case_of("StableDiffusion3Pipeline")).probes() if key in probe.remedy]
+    assert len(told) == 2
+    for policy in (masked_policy_of(), image_tokens_policy_of("janus")):
+        remedies = [probe.remedy for probe in policy.probes()]
+        assert remedies and not any("store_outputs" in remedy for remedy in remedies)
 
 
 def test_the_diagnosis_says_what_helps_and_what_does_not():

@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from unified_rl.policies import differentiable, recorded_pictures, savings
+from unified_rl.policies import differentiable, probing, recorded_pictures, savings
 from unified_rl.policies.bypass import bypassing, calling, leaving, outputs_by_row, recording
 from unified_rl.policies.decoding import watched_decoder
 from unified_rl.policies.denoisers import Denoisers
@@ -28,7 +28,6 @@ from unified_rl.policies.latent_states import StartPass, latent_states
 from unified_rl.policies.noise_plan import check_plan, group_seed, noisy_steps, shares_initial_noise
 from unified_rl.policies.pipeline_call import call_arguments, generators, rows_of
 from unified_rl.policies.pipeline_table import refusal, takes_one_row
-from unified_rl.policies.probing import UNGUIDED, UNGUIDED_REMEDY, float32_probes, switched_off, without_guidance
 from unified_rl.policies.scheduler_head import (
     LoopLeft,
     Pass,
@@ -45,10 +44,6 @@ from unified_rl.recipe.policy import SHARES, DiffusionSampling, PolicyBlock
 from unified_rl.types import Completion, Denoised, Prompt, Recorded, Segment, StepStates, StepStats, Trajectory
 
 SEGMENT = "image"
-STATEFUL = (
-    "the denoiser or the scheduler remembers earlier steps (a cache, a multistep solver): switch that off; or a guider "
-    "does (momentum): set policy.sampling.store_outputs: true"
-)
 CALL_DEFAULTS = "call_defaults.json"
 """A checkpoint folder may hold default call arguments in this file, beside model_index.json."""
 
@@ -57,6 +52,7 @@ class DiffusionPolicy:
     """A pipeline whose denoiser is trained. See `unified_rl.protocols.Policy`."""
 
     steps_per_forward: Mapping[str, int | None] = {SEGMENT: 1}
+    _momentum = probing.MOMENTUM
 
     def __init__(
         self,
@@ -345,12 +341,13 @@ class DiffusionPolicy:
         """Low precision, guidance, and the denoiser's calls that replay leaves out."""
         parts = [part for part in self._pipeline.components.values() if isinstance(part, nn.Module)]
         dropped = self._block.memory.text_encoders == "drop"  # nothing can be encoded once more
-        found = [] if dropped else float32_probes(parts, self._encoders.afresh)
-        if without_guidance(type(self._pipeline), {**self._call_defaults, **self._settings[False].call}):
-            active = functools.partial(switched_off, self, "_guided")
-            found.append(Probe(change=UNGUIDED, remedy=UNGUIDED_REMEDY, active=active))
-        active = functools.partial(switched_off, self, "_fast_forward")
-        return [*found, Probe(change="with every call of the denoiser made", remedy=STATEFUL, active=active)]
+        found = [] if dropped else probing.float32_probes(parts, self._encoders.afresh)
+        if probing.without_guidance(type(self._pipeline), {**self._call_defaults, **self._settings[False].call}):
+            active = functools.partial(probing.switched_off, self, "_guided")
+            found.append(Probe(change=probing.UNGUIDED, remedy=probing.UNGUIDED_REMEDY + self._momentum, active=active))
+        active = functools.partial(probing.switched_off, self, "_fast_forward")
+        remedy = probing.STATEFUL + self._momentum
+        return [*found, Probe(change="with every call of the denoiser made", remedy=remedy, active=active)]
 
     def _noise_seeds(self, prompts: Sequence[Prompt], settings: DiffusionSampling) -> list[int]:
         """The seeds of what the pipeline draws itself, its first latents above all."""
@@ -361,7 +358,7 @@ class DiffusionPolicy:
     def _call(self, prompts: Sequence[Prompt], settings: DiffusionSampling, **more: Any) -> Any:
         given = {**self._call_defaults, **settings.call, "num_inference_steps": settings.num_inference_steps, **more}
         if not self._guided:
-            given |= without_guidance(type(self._pipeline), given)
+            given |= probing.without_guidance(type(self._pipeline), given)
         arguments = call_arguments(type(self._pipeline), prompts, given, lone=self._one_row)
         if "generator" in arguments:
             arguments["generator"] = generators(self._encoders.seeds)

@@ -33,6 +33,7 @@ class MaskedDiffusionPolicy(DiffusionPolicy):
     predict = None  # type: ignore[assignment]
     sample_with_grad = None  # type: ignore[assignment]
     record = None  # type: ignore[assignment]
+    _momentum = ""  # its sampling stores no outputs
 
     def _take_scheduler(self) -> None:
         sampling = self._block.sampling

@@ -13,10 +13,10 @@ from unified_rl.protocols import Probe
 
 FLOAT32 = "in float32"
 UNGUIDED = "without guidance"
-UNGUIDED_REMEDY = (
-    "what guides remembers earlier steps (momentum) or draws something of its own; set policy.sampling.store_outputs: "
-    "true, or train with the guidance scale at 1"
-)
+UNGUIDED_REMEDY = "what guides remembers or draws something of its own; train with the guidance scale at 1"
+STATEFUL = "the denoiser or the scheduler remembers earlier steps (a cache, a multistep solver); switch that off"
+MOMENTUM = " (if a guider's momentum does, policy.sampling.store_outputs: true)"
+"""What else helps where a denoiser's outputs can be stored."""
 GUIDANCE = {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "pag_scale": 0.0}
 """Endings of the call arguments that weigh guidance, and the values at which it does nothing."""
 
