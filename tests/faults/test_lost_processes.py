@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests import forks
-from unified_rl.engine import build_engine, distributed
+from unified_rl.engine import build_engine, distributed, watch
 from unified_rl.engine.watch import enter
 from unified_rl.recipe.schema import EngineBlock, Optimizer
 
@@ -78,6 +79,46 @@ def test_a_process_that_others_miss_in_deepspeeds_own_collectives(tmp_path: Path
     assert [end.returncode for end in ends] == [1, 1]
     assert "waited for 4 s in: update; process 1 does not answer (in: lunch" in ends[0].stderr
     assert "in rest_under_zero_3" in ends[1].stderr
+
+
+class Leaving:
+    """A meeting point whose keeper ends at some call: another process has said that it failed, and that is not read."""
+
+    def __init__(self, at: str) -> None:
+        self._at, self._said = at, dict[str, bytes]()
+
+    def _left(self, call: str, key: str) -> None:
+        if f"{call} {key.rpartition('/')[2]}" == self._at:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    def set(self, key: str, value: str) -> None:
+        self._left("set", key)
+        self._said[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        self._left("get", key)
+        return self._said.get(key, b"0.0|rewards|0|0")
+
+    def check(self, keys: list[str]) -> bool:
+        self._left("check", keys[0])
+        return self._at == "get failed"
+
+
+def rest_beside_a_keeper_that_leaves(at: str) -> None:
+    watch.Watch._connect = lambda self: Leaving(at)
+    found = watch.Watch(rank=1, world_size=2, timeout_seconds=1)
+    found.start()
+    with watch.waiting():
+        time.sleep(300)
+
+
+@pytest.mark.parametrize("at", ["get 0", "check failed", "get failed", "set failed"])
+def test_the_meeting_point_may_go_at_any_moment(at: str, tmp_path: Path):
+    """The thread that watches must not die of it and leave a process that hangs for ever."""
+    end = forks.Fork(rest_beside_a_keeper_that_leaves, at, environment={}, log=tmp_path / "log").wait(timeout=60)
+    said = "process 0 does not answer (in: rewards" if at == "set failed" else "process 0, which keeps the meeting point"
+    assert end.returncode == watch.FAILED and said in end.stderr
+    assert "in rest_beside_a_keeper_that_leaves" in end.stderr
 
 
 ROWS = """

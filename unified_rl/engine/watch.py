@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -128,7 +128,9 @@ class Watch:
 
     def fail(self, message: str) -> None:
         """Tell the others that this process ends."""
-        self._store.set(f"{self._prefix}/failed", f"process {self._rank}: {message}")
+        # Without a meeting point there is nobody to tell: the others notice that it is gone, and end by themselves.
+        with suppress(dist.DistError, RuntimeError):
+            self._store.set(f"{self._prefix}/failed", f"process {self._rank}: {message}")
 
     def suspects(self) -> str:
         """Which processes are gone or keep the others waiting, in words; empty if it cannot be told."""
@@ -164,18 +166,23 @@ class Watch:
                 if rank not in self._seen or self._seen[rank][0] != said:
                     self._seen[rank] = (said, time.monotonic())
 
+    def _failed(self) -> str | None:
+        """What a process has said before it ended; None if none has."""
+        key = f"{self._prefix}/failed"
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
             try:
                 self._tell()
                 self._look()
-                failed = self._store.check([f"{self._prefix}/failed"])
+                failed = self._failed()
             except (dist.DistError, RuntimeError) as error:
                 # The process that keeps the store has ended. If that was the run's end, the main thread ends too.
                 self._give_up(f"process 0, which keeps the meeting point, is gone ({type(error).__name__})", told=True)
                 return
-            if failed:
-                self._give_up(self._store.get(f"{self._prefix}/failed").decode(), told=True)
+            if failed is not None:
+                self._give_up(failed, told=True)
                 return
             if self._began is not None and time.monotonic() - self._began > self._timeout:
                 who = self.suspects() or "no other process is known to be late"
@@ -192,8 +199,10 @@ class Watch:
             return
         if not told:
             self.fail(message)
-        sys.stderr.write(f"error: process {self._rank} ends: {message}; its threads are at:\n")
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        self.report(message)
-        sys.stderr.flush()
-        os._exit(FAILED)
+        try:
+            sys.stderr.write(f"error: process {self._rank} ends: {message}; its threads are at:\n")
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            self.report(message)
+            sys.stderr.flush()
+        finally:
+            os._exit(FAILED)
