@@ -116,7 +116,7 @@ def rest_beside_a_keeper_that_leaves(at: str) -> None:
 def test_the_meeting_point_may_go_at_any_moment(at: str, tmp_path: Path):
     """The thread that watches must not die of it and leave a process that hangs for ever."""
     end = forks.Fork(rest_beside_a_keeper_that_leaves, at, environment={}, log=tmp_path / "log").wait(timeout=60)
-    said = "process 0 does not answer (in: rewards" if at == "set failed" else "process 0, which keeps the meeting point"
+    said = "does not answer (in: rewards" if at == "set failed" else ", which keeps the meeting point, is gone"
     assert end.returncode == watch.FAILED and said in end.stderr
     assert "in rest_beside_a_keeper_that_leaves" in end.stderr
 
