@@ -1,13 +1,13 @@
 """How many samples each preset needs to reach a held-out score on the embedded world (docs/preset_table.md).
 
-    python benchmarks/preset_table.py run [--settings tokens noised] [--presets a b ...] [--seeds 0 1 2] --runs FILE
-    python benchmarks/preset_table.py table --runs FILE >docs/preset_table.md
+    python benchmarks/preset_table.py >docs/preset_table.md
+    python benchmarks/preset_table.py run [--settings tokens noised] [--presets a b ...] [--seeds 0 1 2] [--runs FILE]
 
 `run` trains one recipe a preset and seed and stops it at the first evaluation that reaches the score; it appends one
-JSON object a run to FILE and leaves out runs that are there already. `table` prints the page. FILE is
-benchmarks/preset_runs.jsonl for the page in docs. All presets of a setting
-share the learning rate, the batch and the number of updates a rollout: it is a comparison of what happens when only
-`objective.preset` is changed, not of each method at its best.
+JSON object a run to FILE and leaves out runs that are there already. Without it, the page is printed from FILE, which is
+benchmarks/preset_runs.jsonl unless you say another. All presets of a setting share the learning rate, the batch and the
+number of updates a rollout: it is a comparison of what happens when only `objective.preset` is changed, not of each
+method at its best. The settings `written` look for a folder my_shapes_planner here (docs/masked_diffusion.md).
 """
 
 import argparse
@@ -56,6 +56,18 @@ class Setting:
 DIGITS = ("group_size=8", "prompts_per_step=8", "rewards=[{name: digit_check}]", "objective.train_steps=4",
           "optimizer.lr=2.0e-4", "optimizer.decay=none", "evaluation.sampling={noise_level: 0.0}")  # fmt: skip
 """What the settings on the digits UNet share."""
+SHAPES = ("group_size=8", "evaluation.every=4", "optimizer.decay=none")
+"""And those on the shapes that tokens make."""
+BOUNDED = ("grpo", "dapo", "reinforce++", "reinforce++_baseline", "gdpo", "trl_grpo", "verl_grpo", "verl_ppo")
+"""Presets of tokens with a clip range, which also train denoising steps."""
+TOKENS = ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "rloo", "reinforce++",
+          "reinforce++_baseline", "ppo", "gdpo", "drpo", "spo", "ddpo", "trl_grpo", "trl_rloo", "verl_grpo",
+          "verl_ppo", "luspo", "vespo")  # fmt: skip
+MASKED = ("grpo", "dr_grpo", "dapo", "cispo", "sapo", "rloo", "reinforce++", "reinforce++_baseline", "gdpo", "drpo",
+          "spo", "ddpo", "trl_grpo", "verl_grpo", "uni_grpo")  # fmt: skip
+"""Presets that need neither a critic nor the log-prob of a whole sequence."""
+IMITATION = ("dpo", "rwr", "best_of_n")
+TOKEN_RANGE = {"ddpo": ("objective.clip_low=0.2", "objective.clip_high=0.2")}
 OWN_NOISE = "policy.sampling={num_inference_steps: 10}"
 
 
@@ -72,10 +84,8 @@ SETTINGS = {
                    "evaluation.num_prompts=192", "optimizer.decay=none", "optimizer.lr=2.0e-4"),
         score="answer",
         target=0.85,
-        presets=("grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "rloo", "reinforce++",
-                 "reinforce++_baseline", "ppo", "gdpo", "drpo", "spo", "ddpo", "trl_grpo", "trl_rloo", "verl_grpo",
-                 "verl_ppo", "luspo", "vespo"),
-        changes={"ddpo": ("objective.clip_low=0.2", "objective.clip_high=0.2")},
+        presets=TOKENS,
+        changes=TOKEN_RANGE,
         note="`ddpo` has the clip range of tokens (0.2): its own is one of means over latent dims. `rloo` has no ratio"
         " for the second update of a rollout; `trl_rloo` has one.",
     ),
@@ -86,7 +96,7 @@ SETTINGS = {
                    "evaluation.num_prompts=192", "optimizer.decay=none", "optimizer.lr=2.0e-4"),
         score="answer",
         target=0.85,
-        presets=("dpo", "rwr", "best_of_n"),
+        presets=IMITATION,
         changes={},
         note="One update a rollout.",
     ),
@@ -97,19 +107,82 @@ SETTINGS = {
         score="digit_check",
         target=0.95,
         presets=("flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo", "grpo_guard", "flow_dppo", "ddpo", "ppo",
-                 "dr_grpo", "flow_grpo_code"),
+                 "dr_grpo", "flow_grpo_code", *BOUNDED, "cispo", "sapo", "rloo", "spo"),
         changes={
             **{name: nats(6.6) for name in ("flow_grpo", "dance_grpo", "ddpo", "ppo", "dr_grpo",
-                                              "flow_grpo_code")},
+                                              "flow_grpo_code", *BOUNDED)},
+            "spo": ("objective.penalty_range=8.6e-3",),
             "mix_grpo": (*nats(6.6), OWN_NOISE),
             "flow_grpo_fast": (*nats(0.66), OWN_NOISE),
             "grpo_guard": ("objective.clip_low=1.7e-4", "objective.clip_high=1.7e-4"),
             "flow_dppo": ("objective.threshold_unit=nats", "objective.max_divergence=0.66"),
         },
         note="The presets' thresholds are means over the latent dims, of which there are 768 here: in nats of a step"
-        " they are given as they are at the 65,536 dims of SD3.5 (85 times the mean). `ppo` and `dr_grpo` have the"
-        " clip range of the others, their own is one of tokens. `flow_grpo_fast` and `mix_grpo` place their noise"
-        " themselves.",
+        " they are given as they are at the 65,536 dims of SD3.5 (85 times the mean). Presets of tokens have the clip"
+        " range of the others (`spo` as a mean), their own is one of tokens; what `cispo` and `sapo` hold is so wide"
+        " here that they hold nothing, and `rloo` has no ratio for the second update of a rollout. `flow_grpo_fast`"
+        " and `mix_grpo` place their noise themselves.",
+    ),
+    "drawn": Setting(
+        title="Image tokens: the Janus of `quickstart_image_tokens`",
+        recipe="quickstart_image_tokens",
+        overrides=(*SHAPES, "num_steps=40", "epochs=2"),
+        score="shapes_strict",
+        target=0.55,
+        presets=TOKENS,
+        changes=TOKEN_RANGE,
+        note="`ddpo` has the clip range of tokens. `rloo` has no ratio for the second update of a rollout.",
+    ),
+    "drawn_imitated": Setting(
+        title="Image tokens: the same, by imitation and by pairs",
+        recipe="quickstart_image_tokens",
+        overrides=(*SHAPES, "num_steps=40"),
+        score="shapes_strict",
+        target=0.55,
+        presets=IMITATION,
+        changes={},
+        note="One update a rollout.",
+    ),
+    "written": Setting(
+        title="Masked texts: the planner of docs/masked_diffusion.md",
+        recipe="quickstart/plans_masked_text",
+        overrides=(*SHAPES, "num_steps=40", "epochs=2"),
+        score="plans.py:strict",
+        target=0.6,
+        presets=MASKED,
+        changes=TOKEN_RANGE,
+        note="`ddpo` has the clip range of tokens. `uni_grpo` scores random masks, the others the sampler's own steps.",
+    ),
+    "written_imitated": Setting(
+        title="Masked texts: the same, by imitation and by pairs",
+        recipe="quickstart/plans_masked_text",
+        overrides=(*SHAPES, "num_steps=40"),
+        score="plans.py:strict",
+        target=0.6,
+        presets=IMITATION,
+        changes={},
+        note="One update a rollout.",
+    ),
+    "filled": Setting(
+        title="Masked pictures: the aMUSEd of `quickstart_masked_diffusion`",
+        recipe="quickstart_masked_diffusion",
+        overrides=(*SHAPES, "num_steps=24", "epochs=2", "objective.train_steps=3"),
+        score="shapes_strict",
+        target=0.27,
+        presets=MASKED,
+        changes=TOKEN_RANGE,
+        note="Three of the sampler's eight steps are trained, drawn anew for each sample. `ddpo` has the clip range of"
+        " tokens. `uni_grpo` scores random masks, the others the steps of the sampler.",
+    ),
+    "filled_imitated": Setting(
+        title="Masked pictures: the same, by imitation and by pairs",
+        recipe="quickstart_masked_diffusion",
+        overrides=(*SHAPES, "num_steps=24", "objective.train_steps=3"),
+        score="shapes_strict",
+        target=0.27,
+        presets=IMITATION,
+        changes={},
+        note="One update a rollout.",
     ),
     "noised": Setting(
         title="Noised samples: the same model and score, methods over the forward process",
@@ -202,8 +275,8 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """See the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "table"])
-    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("action", nargs="?", choices=["run", "table"], default="table")
+    parser.add_argument("--runs", type=Path, default=Path(__file__).with_name("preset_runs.jsonl"))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)

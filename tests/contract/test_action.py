@@ -182,7 +182,7 @@ def tasks(*faults: str | None, **columns: Any) -> list[Prompt]:
 @pytest.mark.parametrize("fault", ["raise", "hang"])
 def test_an_environment_that_fails_costs_its_episode_only(quickstart: Path, fault: str):
     actor = text_policy(quickstart / "shapes_vla")
-    policy = ActionPolicy(actor, Faulty, block(6, timeout=0.3, max_failures=0.25))
+    policy = ActionPolicy(actor, Faulty, block(6, timeout=1.0, max_failures=0.25))
     trajectory = policy.sample(tasks(None, fault, None, None))
     assert Faulty.open == 0
     others = [each.measured["num_turns"] for row, each in enumerate(trajectory.completions) if row != 1]
@@ -195,8 +195,8 @@ def test_an_environment_that_fails_costs_its_episode_only(quickstart: Path, faul
     with torch.no_grad():
         gap = policy.log_prob("text", segment, slice(None)).log_probs - segment.rollout_log_probs
     assert gap[segment.loss_mask].abs().max() <= 1e-5
-    policy = ActionPolicy(actor, Faulty, block(6, timeout=0.3, max_failures=0.2))
-    reason = {"raise": "ZeroDivisionError: a joint broke", "hang": r"TimeoutError: no answer within 0\.3 s"}[fault]
+    policy = ActionPolicy(actor, Faulty, block(6, timeout=1.0, max_failures=0.2))
+    reason = {"raise": "ZeroDivisionError: a joint broke", "hang": r"TimeoutError: no answer within 1 s"}[fault]
     with pytest.raises(EnvironmentFailedError, match=rf"my\.py:World failed in 1 of 4 episodes.*'go': {reason}; more"):
         policy.sample(tasks(None, fault, None, None))
     assert Faulty.open == 0

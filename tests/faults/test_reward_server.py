@@ -241,7 +241,7 @@ class Faulty(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def slow(self) -> None:
-        time.sleep(1.0)
+        time.sleep(3.0)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -258,7 +258,7 @@ def faulty() -> Iterator[str]:
 
 
 def client(url: str) -> RemoteReward:
-    return RemoteReward(url, timeout=0.3, retries=2, first_pause=0.01)
+    return RemoteReward(url, timeout=1.0, retries=2, first_pause=0.01)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_unwritable_output_is_the_users_error(tmp_path, place):
     started = time.monotonic()
     with pytest.raises(RecipeError, match=r"--output .* not writable"):
         check_writable(tmp_path / place)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 def test_metrics_line_is_compact():
