@@ -4,10 +4,11 @@
     python benchmarks/preset_table.py run [--settings tokens noised] [--presets a b ...] [--seeds 0 1 2] [--runs FILE]
 
 `run` trains one recipe a preset and seed and stops it at the first evaluation that reaches the score; it appends one
-JSON object a run to FILE and leaves out runs that are there already. Without it, the page is printed from FILE, which is
-benchmarks/preset_runs.jsonl unless you say another. All presets of a setting share the learning rate, the batch and the
-number of updates a rollout: it is a comparison of what happens when only `objective.preset` is changed, not of each
-method at its best. The settings `written` look for a folder my_shapes_planner here (docs/masked_diffusion.md).
+JSON object a run to FILE and leaves out runs that are there already. Without it, the page is printed from FILE, which
+is benchmarks/preset_runs.jsonl unless you say another. All presets of a setting share the learning rate, the batch
+and the number of updates a rollout: it is a comparison of what happens when only `objective.preset` is changed, not
+of each method at its best. The settings `written` look for a folder my_shapes_planner here
+(docs/masked_diffusion.md).
 """
 
 import argparse

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from recipes.quickstart import script
 from recipes.quickstart.make_shapes_sd3 import learning_rate_at
 
 EMA_DECAY = 0.995
@@ -28,7 +29,7 @@ def fit(parts: nn.Module, loss_of: Callable[[], Tensor], *, minutes: float, lear
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * learning_rate_at(progress, step)
         # PyTorch's fused attention is slow to differentiate on CPUs at this size.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype=torch.bfloat16):
+        with sdpa_kernel(SDPBackend.MATH), script.autocast():
             loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)

@@ -191,7 +191,7 @@ def denoising_loss(
     times = torch.randint(pipeline.scheduler.config.num_train_timesteps, (len(pictures),))
     noisy = pipeline.scheduler.add_noise(pictures, noise, times)
     # PyTorch's flash attention for the CPU has a very slow backward pass in bfloat16; plain matrix products do not.
-    with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with script.autocast(), sdpa_kernel(SDPBackend.MATH):
         text = pipeline.text_encoder(caption_ids)[0]
         predicted = pipeline.unet(noisy, times, encoder_hidden_states=text[which]).sample
     return F.mse_loss(predicted.float(), pipeline.scheduler.get_velocity(pictures, noise, times))

@@ -278,7 +278,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = peak * learning_rate_at(step / steps, step)
         pictures, plans = batches.pictures(batch), batches.plans(max(1, int(batch * text_share)))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with script.autocast():
             drawing, planning = picture_loss(model, *pictures), plan_loss(model, *plans)
         optimizer.zero_grad()
         (drawing + 0.5 * planning).backward()

@@ -111,7 +111,7 @@ def train(model: ModernBertForMaskedLM, batches: Batches, *, steps: int, peak: f
         for group in optimizer.param_groups:
             group["lr"] = peak * learning_rate_at(step / steps, step)
         texts, seen, known, weights = batches.batch()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with script.autocast():
             logits = model(input_ids=seen, attention_mask=known).logits
         losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), texts, reduction="none")
         loss = (losses * weights).sum() / (BATCH * LENGTH)

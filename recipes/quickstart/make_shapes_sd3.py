@@ -307,7 +307,7 @@ def train(pipeline: StableDiffusion3Pipeline, stage: Stage, batches: Batches) ->
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * learning_rate_at(elapsed / stage.minutes, step)
         # PyTorch's fused attention is slow to differentiate on CPUs at this size.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype=torch.bfloat16):
+        with sdpa_kernel(SDPBackend.MATH), script.autocast():
             loss = flow_loss(parts, compiled, *batches.batch(stage.batch_size))
             loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)

@@ -329,7 +329,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = next(data)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with script.autocast():
             output = model(**batch, use_cache=False)
             loss = output.loss
             if probe is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recipes.quickstart import script
 from recipes.quickstart.make_shapes_sd3 import KIND_WEIGHTS, learning_rate_at
 from unified_rl.worlds import shapes
 
@@ -95,7 +96,7 @@ def train_autoencoder(
             group["lr"] = peak * learning_rate_at(step / steps, step)
         codes = canvas.codes([crowded_scene(rng) for _ in range(batch)])
         pictures = canvas.pictures(codes)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with script.autocast():
             loss = drawn = nn.functional.huber_loss(decode(codes).float(), pictures, delta=0.3)
             if step % 4 == 0:  # the encoder has the easier task
                 seen = (encode(pictures).float() - codebook[codes].movedim(-1, 1)).square().mean()
