@@ -115,7 +115,7 @@ def gdpo_advantages(
 
     Args:
         breakdown: by reward, [N]; NaN where it abstained.
-        weights: by reward; those that are missing or 0 are not trained on.
+        weights: by reward; those that are missing or 0 are not trained on. All others are in `breakdown`.
         valid: [N] bool; the others get 0 and enter no statistic.
         group_ids: [N] int64.
         clip, std_eps, population_std: see `group_advantages`; of both steps.
@@ -123,8 +123,8 @@ def gdpo_advantages(
     Returns:
         [N] in the dtype of the rewards.
     """
-    trained = [name for name in breakdown if weights.get(name, 0.0) != 0.0]
-    assert trained, "GDPO needs a reward with a weight"
+    trained = [name for name, weight in weights.items() if weight != 0.0]
+    assert trained and set(trained) <= set(breakdown), "GDPO needs the values of each reward with a weight"
     total = torch.zeros(len(valid), dtype=torch.float64, device=valid.device)
     for name in trained:
         rewards = breakdown[name].double().masked_fill(~valid, torch.nan)

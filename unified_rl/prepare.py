@@ -175,7 +175,7 @@ def advantages_of(
         advantages = memory.prompts(name).advantages(rewards, keys, clip=objective.advantage_clip)
     elif kind == "gdpo":
         breakdown = {name: distributed.gather_rows(values) for name, values in rollout.scores.shaped.items()}
-        weights = {reward.name: reward.weight for reward in recipe.rewards}
+        weights = {reward.shown_name: reward.weight for reward in recipe.rewards}
         advantages = gdpo_advantages(breakdown, weights, ~rewards.isnan(), group_ids, **spread)
     elif kind in SAMPLE_WEIGHTS:
         advantages = SAMPLE_WEIGHTS[kind](rewards, group_ids, objective.temperature)

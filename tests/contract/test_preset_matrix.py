@@ -195,8 +195,8 @@ def test_a_preset_raises_the_reward_of_each_family_that_it_fits(
         policy=policy,
         engine=engine,
         snapshots=Snapshots(engine, recipe.all_snapshots),
-        rewards=[reward_of(LESSONS[family].reward, name="toy:reward")],
-        differentiable=[DifferentiableReward(name="toy:reward", weight=1.0, function=soft_redness)]
+        rewards=[reward_of(LESSONS[family].reward, name="reward")],
+        differentiable=[DifferentiableReward(name="reward", weight=1.0, function=soft_redness)]
         * (preset in GRADIENTS),
         sampler=sampler,
         exam=[],

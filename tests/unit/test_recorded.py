@@ -108,8 +108,6 @@ def test_log_probs_correct_for_another_sampler(tmp_path: Path):
 def test_a_runs_folder_is_a_file_of_rollouts(tmp_path: Path):
     online = build_parts(tmp_path / "online", Bandit([0.0, 0.0, 0.0]), num_steps=6, evaluation={"num_saved": 16})
     run_loop(online, BEGIN, StopSignal())
-    for file in online.run.path.glob("samples/*/samples.jsonl"):  # no real reward has a toy's name
-        file.write_text(file.read_text().replace("toy:reward", "reward"))
     keys: dict[str, Any] = {"objective": {"preset": "rwr", "temperature": 0.3}, "num_steps": 12, "group_size": 8}
     parts = build_parts(
         tmp_path / "offline", Reader([0.0, 0.0, 0.0]), data={"rollouts": str(online.run.path)},

@@ -68,7 +68,7 @@ def test_a_signal_in_any_other_phase_stops_at_the_next_place_to_save(phase: str,
     every = {"every": 1}
     parts = build_parts(tmp_path, policy, num_steps=8, epochs=2, evaluation=every, checkpoint=every)
     prompt = Prompt(text="a", images=(), columns={}, group_id=0, seed=0)
-    rewards = [reward_of(hearing(zeros_chosen, "rewards"), name="toy:reward")]
+    rewards = [reward_of(hearing(zeros_chosen, "rewards"), name="reward")]
     stop = StopSignal()
     stop.save_first()
     with stop.listening():

@@ -191,7 +191,7 @@ def build_parts(folder: Path, policy: Any, family: str | None = None, **changes:
         policy=policy,
         engine=engine,
         snapshots=Snapshots(engine, recipe.all_snapshots),
-        rewards=[reward_of(walked if walks else zeros_chosen, name="toy:reward")],
+        rewards=[reward_of(walked if walks else zeros_chosen, name="reward")],
         sampler=sampler,
         exam=[],
         run=RunFolder(folder / "run"),
