@@ -34,7 +34,9 @@ How many samples a preset needs until the held-out score is reached, and the bes
 end). Only `objective.preset` changes within a table: learning rate, batch and updates a rollout are the same for all,
 and tuned for none. So it says what a preset does as it is, not which method is best. The score is looked at every few
 optimiser steps, on few questions: with these few seeds, differences of less than a factor of two mean little. Made by
-`benchmarks/preset_table.py`; CPU seconds, where they were kept, are of one thread and include the evaluations.
+`benchmarks/preset_table.py`; CPU seconds, where they were kept, are of one thread and include the evaluations. They
+come from several machines, some of them busy with other work: rows that differ by a factor of two may cost the same.
+Not every preset was run with three seeds: each row says how many there are.
 """
 
 
@@ -120,9 +122,10 @@ SETTINGS = {
         },
         note="The presets' thresholds are means over the latent dims, of which there are 768 here: in nats of a step"
         " they are given as they are at the 65,536 dims of SD3.5 (85 times the mean). Presets of tokens have the clip"
-        " range of the others (`spo` as a mean), their own is one of tokens; what `cispo` and `sapo` hold is so wide"
-        " here that they hold nothing, and `rloo` has no ratio for the second update of a rollout. `flow_grpo_fast`"
-        " and `mix_grpo` place their noise themselves.",
+        " range of the others (`spo` as a mean), their own is one of tokens. Hardly a step is clipped at this learning"
+        " rate, so that `cispo`, `gdpo`, `trl_grpo` and `verl_grpo` make `dapo`'s updates and `verl_ppo` those of"
+        " `reinforce++` (curves equal to 1e-3): one seed. `rloo` has no ratio for the second update of a rollout."
+        " `flow_grpo_fast` and `mix_grpo` place their noise themselves.",
     ),
     "drawn": Setting(
         title="Image tokens: the Janus of `quickstart_image_tokens`",
@@ -152,7 +155,8 @@ SETTINGS = {
         target=0.7,
         presets=MASKED,
         changes=TOKEN_RANGE,
-        note="`ddpo` has the clip range of tokens. `uni_grpo` scores random masks, the others the sampler's own steps.",
+        note="The planner was made in float32, on a CPU without bfloat16 instructions. `ddpo` has the clip range of"
+        " tokens. `uni_grpo` scores random masks, the others the sampler's own steps.",
     ),
     "written_imitated": Setting(
         title="Masked texts: the same, by imitation and by pairs",
@@ -162,28 +166,7 @@ SETTINGS = {
         target=0.7,
         presets=IMITATION,
         changes={},
-        note="One update a rollout.",
-    ),
-    "filled": Setting(
-        title="Masked pictures: the aMUSEd of `quickstart_masked_diffusion`",
-        recipe="quickstart_masked_diffusion",
-        overrides=(*SHAPES, "num_steps=24", "epochs=2", "objective.train_steps=3"),
-        score="shapes_strict",
-        target=0.27,
-        presets=MASKED,
-        changes=TOKEN_RANGE,
-        note="Three of the sampler's eight steps are trained, drawn anew for each sample. `ddpo` has the clip range of"
-        " tokens. `uni_grpo` scores random masks, the others the steps of the sampler.",
-    ),
-    "filled_imitated": Setting(
-        title="Masked pictures: the same, by imitation and by pairs",
-        recipe="quickstart_masked_diffusion",
-        overrides=(*SHAPES, "num_steps=24", "objective.train_steps=3"),
-        score="shapes_strict",
-        target=0.27,
-        presets=IMITATION,
-        changes={},
-        note="One update a rollout.",
+        note="One update a rollout. Temperature 1, the preset's, weighs the samples of `rwr` nearly alike.",
     ),
     "noised": Setting(
         title="Noised samples: the same model and score, methods over the forward process",
@@ -200,8 +183,7 @@ SETTINGS = {
         note="One update a rollout. `awm` has a divergence of 0.001, a fifteenth of its preset's. `rwr` and `best_of_n`"
         " have `subtract_mean: true`: why they do not rise from a model's own pictures without it is in"
         " [objectives.md](objectives.md). `best_of_n` has nothing that holds it at this learning rate: its second seed"
-        " fell from 0.93 to 0.81. `diffusion_dpo` learns from two of eight samples. Rows with more than 100 CPU seconds"
-        " were measured on a machine that did other work, which doubles them.",
+        " fell from 0.93 to 0.81. `diffusion_dpo` learns from two of eight samples.",
     ),
     "gradient": Setting(
         title="Gradients of a reward: the same model, judged by the same score",
@@ -316,7 +298,8 @@ def table(arguments: argparse.Namespace) -> None:
         print()
     missing = sorted(set(PRESETS) - {preset for setting in SETTINGS.values() for preset in setting.presets})
     print(f"In none of these tables: {', '.join(f'`{preset}`' for preset in missing)}. `bicot_grpo` is measured in")
-    print("[image_tokens.md](image_tokens.md); `sft` trains on recorded samples.")
+    print("[image_tokens.md](image_tokens.md); `sft` trains on recorded samples. Masked pictures have the curves of")
+    print("one preset in [masked_diffusion.md](masked_diffusion.md); that others raise a reward there is tested.")
 
 
 def _about(setting: Setting) -> str:
