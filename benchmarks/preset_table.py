@@ -123,7 +123,7 @@ SETTINGS = {
         note="The presets' thresholds are means over the latent dims, of which there are 768 here: in nats of a step"
         " they are given as they are at the 65,536 dims of SD3.5 (85 times the mean). Presets of tokens have the clip"
         " range of the others (`spo` as a mean), their own is one of tokens. Hardly a step is clipped at this learning"
-        " rate, so that `cispo`, `gdpo`, `trl_grpo` and `verl_grpo` make `dapo`'s updates and `verl_ppo` those of"
+        " rate, so that `cispo`, `sapo`, `gdpo`, `trl_grpo` and `verl_grpo` make `dapo`'s updates, `verl_ppo` those of"
         " `reinforce++` (curves equal to 1e-3): one seed. `rloo` has no ratio for the second update of a rollout."
         " `flow_grpo_fast` and `mix_grpo` place their noise themselves.",
     ),
