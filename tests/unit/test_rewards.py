@@ -185,8 +185,11 @@ def test_coroutines_run_together() -> None:
 
     async def slow(completions: list, **columns: Any) -> list[float]:
         begun.append(completions)
-        while len(begun) < 2:
+        for _ in range(1000):
+            if len(begun) == 2:
+                break
             await asyncio.sleep(0.01)
+        assert len(begun) == 2, "the other one has begun meanwhile"
         return [1.0] * len(completions)
 
     rewards = [loaded(slow, name="a"), loaded(returning([2.0, 3.0]), name="b"), loaded(slow, name="c")]
