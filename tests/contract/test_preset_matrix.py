@@ -196,8 +196,7 @@ def test_a_preset_raises_the_reward_of_each_family_that_it_fits(
         engine=engine,
         snapshots=Snapshots(engine, recipe.all_snapshots),
         rewards=[reward_of(LESSONS[family].reward, name="reward")],
-        differentiable=[DifferentiableReward(name="reward", weight=1.0, function=soft_redness)]
-        * (preset in GRADIENTS),
+        differentiable=[DifferentiableReward(name="reward", weight=1.0, function=soft_redness)] * (preset in GRADIENTS),
         sampler=sampler,
         exam=[],
         run=NullRun(tmp_path),
